@@ -1,0 +1,17 @@
+"""Self-contained model code: what travels with a checkpoint and needs only torch and transformers."""
+
+from .attention_hkt import CausalDownsample, hierarchical_attention, hierarchical_scores, lift
+from .configuration_hkt import HKTConfig
+from .modeling_hkt import HKTForSequenceClassification, HKTModel, HKTPreTrainedModel
+
+
+__all__ = [
+    "CausalDownsample",
+    "HKTConfig",
+    "HKTForSequenceClassification",
+    "HKTModel",
+    "HKTPreTrainedModel",
+    "hierarchical_attention",
+    "hierarchical_scores",
+    "lift",
+]

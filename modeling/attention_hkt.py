@@ -1,0 +1,352 @@
+# Copyright 2026 The hkt-hf authors. Licensed under the Apache License, Version 2.0.
+"""Hierarchical attention: levels, combined scores, the lifting identity, and the one door to the backends.
+
+Notation: `B` batch, `H` heads, `T` length, `p` head width, `L` levels, `T_l = ceil(T / 2**l)` blocks at level `l`.
+Position `i` belongs to block `i // 2**l` of level `l`. The combined score of a query `i` and a key `j` is
+
+    S[i, j] = sum_l  level_weights[l] * scale * < queries[l][i // 2**l], keys[l][j // 2**l] >
+
+Source: the Hierarchical Kernel Transformer (arXiv 2604.08829): trainable causal downsampling, nearest-neighbour
+upsampled level scores, learned convex weights under one softmax. Ours: the kernel size and the alignment of a block
+with its first token, the lifting identity, and the treatment of padding.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+DOWNSAMPLE_TYPES = ("depthwise", "dense")
+
+
+class CausalDownsample(nn.Module):
+    """Trainable causal convolution of stride 2 that makes the next coarser level (arXiv 2604.08829).
+
+    `output[:, m] = sum_t weight[t] * input[:, 2 * m - t]` for `t = 0 .. kernel_size - 1`, with zeros before the start:
+    the feature of block `m` sees no position after the first one of the block (alignment and kernel size: ours).
+
+    Args:
+        hidden_size (`int`): number of channels `d`.
+        kernel_size (`int`, *optional*, defaults to 2): taps `K`, at least 1.
+        downsample_type (`str`, *optional*, defaults to `"depthwise"`): `"depthwise"`, weight `(K, d)`, or `"dense"`,
+            weight `(K, d, d)` (tap, input channel, output channel).
+
+    Raises:
+        ValueError: `kernel_size` or `hidden_size` below 1, or an unknown `downsample_type`.
+    """
+
+    def __init__(self, hidden_size: int, kernel_size: int = 2, downsample_type: str = "depthwise"):
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"`hidden_size` must be at least 1, got {hidden_size}")
+        if kernel_size < 1:
+            raise ValueError(f"`kernel_size` must be at least 1, got {kernel_size}")
+        if downsample_type not in DOWNSAMPLE_TYPES:
+            raise ValueError(f"`downsample_type` must be one of {DOWNSAMPLE_TYPES}, got {downsample_type!r}")
+        self.hidden_size = hidden_size
+        self.kernel_size = kernel_size
+        self.downsample_type = downsample_type
+        shape = (hidden_size,) if downsample_type == "depthwise" else (hidden_size, hidden_size)
+        self.weight = nn.Parameter(torch.empty(kernel_size, *shape))
+        self.reset_parameters()
+
+    def mean_weight(self) -> torch.Tensor:
+        """The weight of the initial state, the mean over the taps; same shape, dtype and device as `weight`."""
+        weight = torch.ones_like(self.weight) / self.kernel_size
+        if self.downsample_type == "dense":
+            weight = weight * torch.eye(self.hidden_size, dtype=weight.dtype, device=weight.device)
+        return weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the weight to the mean over the taps."""
+        self.weight.copy_(self.mean_weight())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, T, d)` to `(B, ceil(T / 2), d)`, any `T >= 1`."""
+        num_blocks = (hidden_states.shape[1] + 1) // 2
+        padded = F.pad(hidden_states, (0, 0, self.kernel_size - 1, 0))
+        output = None
+        for tap in range(self.kernel_size):
+            start = self.kernel_size - 1 - tap
+            inputs = padded[:, start : start + 2 * num_blocks - 1 : 2]
+            term = inputs * self.weight[tap] if self.downsample_type == "depthwise" else inputs @ self.weight[tap]
+            output = term if output is None else output + term
+        return output
+
+    def extra_repr(self) -> str:
+        """Fields shown by `print(module)`."""
+        return f"{self.hidden_size}, kernel_size={self.kernel_size}, downsample_type={self.downsample_type!r}"
+
+
+def upsample(blocks: torch.Tensor, level: int, length: int, dim: int) -> torch.Tensor:
+    """Nearest-neighbour upsampling `U_l` along `dim`: entry `i` of the result is entry `i // 2**level` of `blocks`.
+
+    Args:
+        blocks (`torch.Tensor`): size `ceil(length / 2**level)` along `dim`.
+        level (`int`): 0 returns `blocks` itself.
+        length (`int`): `T`, the size along `dim` of the result.
+        dim (`int`): the dimension of positions.
+    """
+    if level == 0:
+        return blocks
+    return blocks.repeat_interleave(2**level, dim=dim).narrow(dim, 0, length)
+
+
+def hierarchical_scores(
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    level_weights: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Combined scores before any mask, `S = sum_l level_weights[:, l] * U_l (scale * queries[l] keys[l]^T) U_l^T`.
+
+    Args:
+        queries (sequence of `torch.Tensor`): `L` tensors `(B, H, T_l, p)`, fine to coarse.
+        keys (sequence of `torch.Tensor`): likewise.
+        level_weights (`torch.Tensor`): `(H, L)`. Rows are convex in HKT; the values are not checked.
+        scale (`float`, *optional*): factor of the scores, `p ** -0.5` by default.
+
+    Returns:
+        `torch.Tensor`: `(B, H, T, T)`, in the dtype of `queries`.
+
+    Raises:
+        ValueError: shapes that do not belong together (the message names the argument).
+    """
+    _check_levels(queries, keys, level_weights)
+    scale = _default_scale(queries, scale)
+    length = queries[0].shape[-2]
+    scores = None
+    for level, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        weight = (level_weights[:, level] * scale).to(query.dtype)
+        level_scores = weight[:, None, None] * (query @ key.transpose(-1, -2))
+        level_scores = upsample(upsample(level_scores, level, length, dim=-2), level, length, dim=-1)
+        scores = level_scores if scores is None else scores + level_scores
+    return scores
+
+
+def lift(
+    queries: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], level_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lifted queries and keys, whose flat attention is hierarchical attention (the lifting identity, ours).
+
+    `query[i] = concat_l(level_weights[:, l] * queries[l][i // 2**l])`, `key[j] = concat_l(keys[l][j // 2**l])`, so
+    that `scale * query @ key^T` equals `hierarchical_scores(..., scale)`.
+
+    Args:
+        queries (sequence of `torch.Tensor`): `L` tensors `(B, H, T_l, p)`, fine to coarse.
+        keys (sequence of `torch.Tensor`): likewise.
+        level_weights (`torch.Tensor`): `(H, L)`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: query and key, each `(B, H, T, L * p)`.
+
+    Raises:
+        ValueError: shapes that do not belong together (the message names the argument).
+    """
+    _check_levels(queries, keys, level_weights)
+    length = queries[0].shape[-2]
+    weights = level_weights.to(queries[0].dtype)[:, :, None, None].unbind(dim=1)
+    weighted = [weight * query for weight, query in zip(weights, queries, strict=True)]
+    query = torch.cat([upsample(blocks, level, length, dim=-2) for level, blocks in enumerate(weighted)], dim=-1)
+    key = torch.cat([upsample(blocks, level, length, dim=-2) for level, blocks in enumerate(keys)], dim=-1)
+    return query, key
+
+
+def hierarchical_attention(
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    value: torch.Tensor,
+    level_weights: torch.Tensor,
+    *,
+    key_padding_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Hierarchical attention, `softmax(S + mask) @ value` with the combined scores `S` of [`hierarchical_scores`].
+
+    Args:
+        queries (sequence of `torch.Tensor`): `L` tensors `(B, H, T_l, p)`, `T_l = ceil(T / 2**l)`, fine to coarse.
+        keys (sequence of `torch.Tensor`): likewise.
+        value (`torch.Tensor`): `(B, H, T, p)`.
+        level_weights (`torch.Tensor`): `(H, L)`. Rows are convex in HKT; the values are not checked.
+        key_padding_mask (`torch.Tensor`, *optional*): `(B, T)` bool, True = real. Padded keys get no weight; a query
+            that sees no real key at all gets zeros.
+        is_causal (`bool`, *optional*, defaults to `False`): a query sees no later key.
+        scale (`float`, *optional*): factor of the scores, `p ** -0.5` by default.
+        dropout_p (`float`, *optional*, defaults to 0.0): dropout of the attention weights, applied whenever positive
+            (as in `torch.nn.functional.scaled_dot_product_attention`).
+        backend (`str`, *optional*, defaults to `"auto"`): `"eager"` forms the scores and is the reference; `"lifted"`
+            runs PyTorch's fused attention on lifted queries and keys and never forms a `T x T` matrix (unless
+            PyTorch does: its CPU kernel does not know dropout); `"auto"` chooses.
+
+    Returns:
+        `torch.Tensor`: `(B, H, T, p)`.
+
+    Raises:
+        ValueError: unknown backend, `dropout_p` outside [0, 1), or shapes and dtypes that do not belong together.
+    """
+    _check_levels(queries, keys, level_weights)
+    _check_value_and_mask(queries, value, key_padding_mask)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"`dropout_p` must lie in [0, 1), got {dropout_p}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    attend = BACKENDS["lifted" if backend == "auto" else backend]
+    scale = _default_scale(queries, scale)
+    output = attend(queries, keys, value, level_weights, key_padding_mask, is_causal, scale, dropout_p)
+    if key_padding_mask is None:
+        return output
+    sees_a_key = key_padding_mask.cummax(dim=1).values if is_causal else key_padding_mask.any(dim=1, keepdim=True)
+    return output.masked_fill(~sees_a_key[:, None, :, None], 0.0)
+
+
+def _eager_backend(queries, keys, value, level_weights, key_padding_mask, is_causal, scale, dropout_p):
+    mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    if is_causal:
+        length = value.shape[-2]
+        causal_mask = torch.ones(length, length, dtype=torch.bool, device=value.device).tril()
+        mask = causal_mask if mask is None else mask & causal_mask
+    scores = hierarchical_scores(queries, keys, level_weights, scale)
+    return _attend(scores, value, mask, dropout_p)[0]
+
+
+def _lifted_backend(queries, keys, value, level_weights, key_padding_mask, is_causal, scale, dropout_p):
+    query, key = lift(queries, keys, level_weights)
+    mask = None
+    if key_padding_mask is not None and is_causal:
+        # PyTorch takes a mask or `is_causal`, not both. The mask becomes one more feature of the scores instead of a
+        # T x T matrix: large enough that the weight of a padded key underflows to zero, small enough to stay finite.
+        penalty = torch.finfo(key.dtype).min / (4.0 * max(abs(scale), 1.0))
+        if scale < 0:
+            penalty = -penalty
+        bias = (~key_padding_mask).to(key.dtype)[:, None, :, None] * penalty
+        query = F.pad(query, (0, 1), value=1.0)
+        key = torch.cat([key, bias.expand(*key.shape[:-1], 1)], dim=-1)
+    elif key_padding_mask is not None:
+        # A row without any real key attends everywhere, so that no kernel divides by zero; the caller zeroes it.
+        mask = (key_padding_mask | ~key_padding_mask.any(dim=1, keepdim=True))[:, None, None, :]
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        _widen(value, query.shape[-1]),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    return output[..., : value.shape[-1]]
+
+
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"eager": _eager_backend, "lifted": _lifted_backend}
+
+
+def dispatch_attention(
+    attention_interface: Callable | None,
+    module: nn.Module,
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    value: torch.Tensor,
+    level_weights: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The door from a transformers model: the function that the config's `attn_implementation` names does the work.
+
+    Args:
+        attention_interface (`Callable`, *optional*): an attention function of transformers, run on lifted queries and
+            keys; `None` means eager, which forms the combined scores and returns the attention weights.
+        module (`nn.Module`): the attention module, handed on to `attention_interface`.
+        queries, keys, value, level_weights: as in [`hierarchical_attention`].
+        attention_mask (`torch.Tensor`, *optional*): as transformers made it for this implementation, broadcastable to
+            `(B, H, T, T)`: bool (True = attend) or additive.
+        scaling (`float`): factor of the scores.
+        dropout (`float`, *optional*, defaults to 0.0): dropout of the attention weights.
+        kwargs: handed on to `attention_interface`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: output `(B, T, H, p)` and, in eager, weights `(B, H, T, T)`.
+    """
+    if attention_interface is None:
+        scores = hierarchical_scores(queries, keys, level_weights, scaling)
+        output, weights = _attend(scores, value, attention_mask, dropout)
+        return output.transpose(1, 2), weights
+    query, key = lift(queries, keys, level_weights)
+    output, weights = attention_interface(
+        module,
+        query,
+        key,
+        _widen(value, query.shape[-1]),
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        **kwargs,
+    )
+    return output[..., : value.shape[-1]], weights
+
+
+def _attend(
+    scores: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax (in float32 or wider) under a bool or an additive mask, dropout, product with the value."""
+    dtype = scores.dtype
+    scores = scores.to(torch.promote_types(dtype, torch.float32))
+    if mask is not None and mask.dtype == torch.bool:
+        # The lowest finite number, not minus infinity: a row without any visible key stays finite.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = F.dropout(scores.softmax(dim=-1).to(dtype), p=dropout_p, training=dropout_p > 0.0)
+    return weights @ value, weights
+
+
+def _widen(value: torch.Tensor, width: int) -> torch.Tensor:
+    """Zero-pad the value to the width of lifted queries: fused kernels need equal widths."""
+    return F.pad(value, (0, width - value.shape[-1]))
+
+
+def _default_scale(queries: Sequence[torch.Tensor], scale: float | None) -> float:
+    return queries[0].shape[-1] ** -0.5 if scale is None else scale
+
+
+def _check_levels(queries, keys, level_weights) -> None:
+    num_levels = len(queries)
+    if num_levels < 1:
+        raise ValueError("`queries` must hold at least one level, got none")
+    if len(keys) != num_levels:
+        raise ValueError(f"`keys` must hold as many levels as `queries`, got {len(keys)} and {num_levels}")
+    batch_size, num_heads, length, width = queries[0].shape
+    for level in range(num_levels):
+        blocks = -(-length // 2**level)
+        expected = (batch_size, num_heads, blocks, width)
+        for name, tensors in (("queries", queries), ("keys", keys)):
+            if tuple(tensors[level].shape) != expected:
+                raise ValueError(
+                    f"`{name}[{level}]` must have shape {expected} (ceil({length} / 2**{level}) = {blocks} blocks), "
+                    f"got {tuple(tensors[level].shape)}"
+                )
+    if tuple(level_weights.shape) != (num_heads, num_levels):
+        raise ValueError(
+            f"`level_weights` must have shape (heads, levels) = {(num_heads, num_levels)}, "
+            f"got {tuple(level_weights.shape)}"
+        )
+
+
+def _check_value_and_mask(queries, value, key_padding_mask) -> None:
+    if value.shape != queries[0].shape:
+        raise ValueError(f"`value` must have shape {tuple(queries[0].shape)}, got {tuple(value.shape)}")
+    if key_padding_mask is None:
+        return
+    expected = (value.shape[0], value.shape[2])
+    if tuple(key_padding_mask.shape) != expected:
+        raise ValueError(
+            f"`key_padding_mask` must have shape (batch, length) = {expected}, got {tuple(key_padding_mask.shape)}"
+        )
+    if key_padding_mask.dtype != torch.bool:
+        raise ValueError(f"`key_padding_mask` must be bool (True = real), got {key_padding_mask.dtype}")

@@ -1,0 +1,153 @@
+# Copyright 2026 The hkt-hf authors. Licensed under the Apache License, Version 2.0.
+"""HKT model configuration."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils.type_validators import interval
+
+
+@strict
+class HKTConfig(PreTrainedConfig):
+    r"""Configuration of the Hierarchical Kernel Transformer (HKT, arXiv 2604.08829).
+
+    `HKTConfig()` has the size of BERT-base with three levels. `num_levels=1` is plain multi-head attention, the flat
+    twin of every comparison. Fields that the paper fixes say so; the others are ours.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 30522):
+            Number of token ids.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width `d` of the hidden states.
+        intermediate_size (`int`, *optional*, defaults to 3072):
+            Width of the feed-forward layers.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Number of attention heads `H`.
+        head_dim (`int`, *optional*):
+            Width `p` of a head; `hidden_size / num_attention_heads` by default.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether the projections of the attention have biases.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the feed-forward layers, a name in `transformers.activations.ACT2FN`.
+        num_levels (`int`, *optional*, defaults to 3):
+            Resolutions `L` (the paper's experiments use 3). Level `l` has `ceil(T / 2**l)` blocks.
+        downsample_kernel_size (`int`, *optional*, defaults to 2):
+            Taps `K` of the causal convolution between two levels.
+        downsample_type (`str`, *optional*, defaults to `"depthwise"`):
+            `"depthwise"` (`K * d` weights a level) or `"dense"` (`K * d * d`).
+        share_level_projections (`bool`, *optional*, defaults to `False`):
+            One query and key projection for all levels, or one pair a level. The paper mentions both.
+        score_symmetry (`str`, *optional*, defaults to `"none"`):
+            Constraint on the level scores. Only `"none"` is implemented.
+        position_embedding_type (`str`, *optional*, defaults to `"rope"`):
+            `"absolute"` (learned, added to the token embeddings) or `"rope"` (rotary; a block of level `l` has the
+            position of its first token).
+        rope_parameters (`dict`, *optional*):
+            Parameters of the rotary embedding as everywhere in transformers: `rope_theta` (10000 by default),
+            `rope_type` and its options.
+        max_position_embeddings (`int`, *optional*, defaults to 512):
+            Longest sequence: the size of the position table, or what the rotary embedding is laid out for.
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            What a sequence classifier reads: `"mean"` over the real tokens, `"cls"` (the first token) or `"last"`
+            (the last real token).
+        hidden_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout of embeddings, attention output and feed-forward output.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention weights. PyTorch's fused CPU kernel needs 0.
+        classifier_dropout (`float`, *optional*):
+            Dropout before the classifier; `hidden_dropout` by default.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the layer norms.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial weights.
+        pad_token_id (`int`, *optional*, defaults to 0):
+            Token id of padding.
+
+    Raises:
+        ValueError: a value outside its range or fields that contradict each other; wrong types raise the
+            `StrictDataclassFieldValidationError` of huggingface_hub. Both name the field.
+
+    Example:
+
+    ```python
+    >>> from hkt_hf import HKTConfig, HKTModel
+
+    >>> config = HKTConfig(hidden_size=128, num_attention_heads=8, num_hidden_layers=2, intermediate_size=512)
+    >>> model = HKTModel(config)
+    >>> model.config.num_levels
+    3
+
+    ```
+    """
+
+    model_type = "hkt"
+
+    vocab_size: int = interval(min=1)(default=30522)
+    hidden_size: int = interval(min=1)(default=768)
+    intermediate_size: int = interval(min=1)(default=3072)
+    num_hidden_layers: int = interval(min=1)(default=12)
+    num_attention_heads: int = interval(min=1)(default=12)
+    head_dim: int | None = None
+    attention_bias: bool = False
+    hidden_act: str = "gelu"
+    num_levels: int = interval(min=1)(default=3)
+    downsample_kernel_size: int = interval(min=1)(default=2)
+    downsample_type: Literal["depthwise", "dense"] = "depthwise"
+    share_level_projections: bool = False
+    score_symmetry: Literal["none", "symmetric", "psd"] = "none"
+    position_embedding_type: Literal["absolute", "rope"] = "rope"
+    rope_parameters: RopeParameters | dict | None = None
+    max_position_embeddings: int = interval(min=1)(default=512)
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    hidden_dropout: float | int = interval(min=0.0, max=1.0)(default=0.1)
+    attention_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
+    classifier_dropout: float | int | None = None
+    layer_norm_eps: float = interval(min=0.0)(default=1e-5)
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check fields against each other; run by `@strict` when the config is made and when it is saved."""
+        if self.head_dim is None:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads}), or `head_dim` must be given"
+            )
+        if self.head_dim < 1:
+            raise ValueError(f"`head_dim` must be at least 1, got {self.head_dim}")
+        if self.position_embedding_type == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"`head_dim` must be even with `position_embedding_type='rope'`, got {self.head_dim}; "
+                "choose another width or 'absolute'"
+            )
+        if 2 ** (self.num_levels - 1) > self.max_position_embeddings:
+            raise ValueError(
+                f"`num_levels` ({self.num_levels}) is too large: a block of the coarsest level covers "
+                f"{2 ** (self.num_levels - 1)} positions, more than `max_position_embeddings` "
+                f"({self.max_position_embeddings})"
+            )
+        if self.score_symmetry != "none":
+            raise ValueError(
+                f"`score_symmetry` {self.score_symmetry!r} is not implemented yet; the only possible value is 'none'"
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
+        if self.classifier_dropout is not None and not 0.0 <= self.classifier_dropout <= 1.0:
+            raise ValueError(f"`classifier_dropout` must lie in [0, 1], got {self.classifier_dropout}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must lie in [0, vocab_size) = [0, {self.vocab_size}), got {self.pad_token_id}"
+            )
+
+
+__all__ = ["HKTConfig"]

@@ -1,0 +1,509 @@
+# Copyright 2026 The hkt-hf authors. Licensed under the Apache License, Version 2.0.
+"""PyTorch HKT model, top to bottom: embeddings, rotary, attention, layer, model, heads."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention_hkt import CausalDownsample, dispatch_attention
+from .configuration_hkt import HKTConfig
+
+
+# What one repository serves: Auto class -> class of this file. Registered by `hkt_hf`, written into every checkpoint.
+AUTO_CLASSES = {
+    "AutoModel": "HKTModel",
+    "AutoModelForSequenceClassification": "HKTForSequenceClassification",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_hkt.HKTConfig",
+    **{auto_class: f"modeling_hkt.{name}" for auto_class, name in AUTO_CLASSES.items()},
+}
+
+
+@dataclass
+class HKTModelOutput(BaseModelOutput):
+    """Output of [`HKTModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, T, d)`): hidden states after the last layer norm.
+        hidden_states (`tuple(torch.Tensor)`, with `output_hidden_states=True`): embeddings and the output of each
+            layer, `(B, T, d)` each.
+        attentions (`tuple(torch.Tensor)`, with `output_attentions=True` in eager): attention weights of each layer,
+            `(B, H, T, T)` each.
+        level_weights (`tuple(torch.Tensor)`, with `output_level_weights=True`): convex weights of the levels in each
+            layer, float32 `(H, L)` each.
+    """
+
+    level_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class HKTSequenceClassifierOutput(SequenceClassifierOutput):
+    """Output of [`HKTForSequenceClassification`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, with `labels`): classification or regression loss.
+        logits (`torch.Tensor` of shape `(B, num_labels)`): scores before softmax or sigmoid.
+        hidden_states, attentions, level_weights: as in [`HKTModelOutput`].
+    """
+
+    level_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+class HKTRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary position embedding, `(B, T, p)` each."""
+
+    def __init__(self, config: HKTConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: HKTConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `(p / 2,)` of the original rotary embedding, and the factor 1."""
+        base = config.rope_parameters["rope_theta"]
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (base**exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
+        angles = torch.cat((freqs, freqs), dim=-1)
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def rotate_half(states: torch.Tensor) -> torch.Tensor:
+    """Rotate half of the last dimension: `(a, b)` becomes `(-b, a)`."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `states (B, H, T, p)` by the angles of `cos` and `sin`, each `(B, T, p)`."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return states * cos + rotate_half(states) * sin
+
+
+class HKTAttention(nn.Module):
+    """Multi-head attention at `num_levels` resolutions under one softmax (arXiv 2604.08829).
+
+    Level 0 is the input; each further level is a causal downsampling of the one before it. Every level has scores of
+    its own queries and keys; they are upsampled and mixed with learned convex weights, one row a head.
+    """
+
+    def __init__(self, config: HKTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_levels = config.num_levels
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+
+        width = config.num_attention_heads * self.head_dim
+        num_projections = 1 if config.share_level_projections else self.num_levels
+
+        def projections() -> nn.ModuleList:
+            return nn.ModuleList(
+                nn.Linear(config.hidden_size, width, bias=config.attention_bias) for _ in range(num_projections)
+            )
+
+        self.q_proj = projections()
+        self.k_proj = projections()
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.downsample = nn.ModuleList(
+            CausalDownsample(config.hidden_size, config.downsample_kernel_size, config.downsample_type)
+            for _ in range(self.num_levels - 1)
+        )
+        self.level_logits = nn.Parameter(torch.zeros(config.num_attention_heads, self.num_levels))
+
+    def level_weights(self) -> torch.Tensor:
+        """Convex weights of the levels, float32 `(H, L)`."""
+        return self.level_logits.float().softmax(dim=-1)
+
+    def levels(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Features of all levels, `L` tensors `(B, ceil(T / 2**l), d)`, from `hidden_states (B, T, d)`."""
+        levels = [hidden_states]
+        for downsample in self.downsample:
+            levels.append(downsample(levels[-1]))
+        return levels
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Attend; returns the output `(B, T, d)`, weights `(B, H, T, T)` or `None`, and level weights `(H, L)`."""
+        queries, keys = [], []
+        for level, features in enumerate(self.levels(hidden_states)):
+            projection = min(level, len(self.q_proj) - 1)
+            query = self._split_heads(self.q_proj[projection](features))
+            key = self._split_heads(self.k_proj[projection](features))
+            if position_embeddings is not None:
+                # A block has the position of its first token.
+                cos, sin = (embedding[:, :: 2**level] for embedding in position_embeddings)
+                query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
+            queries.append(query)
+            keys.append(key)
+        value = self._split_heads(self.v_proj(hidden_states))
+        level_weights = self.level_weights()
+
+        # `None` stands for eager: it works on the levels themselves.
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        attn_output, attn_weights = dispatch_attention(
+            attention_interface,
+            self,
+            queries,
+            keys,
+            value,
+            level_weights,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.flatten(2)), attn_weights, level_weights
+
+
+class HKTMLP(nn.Module):
+    """Feed-forward network of two linear layers."""
+
+    def __init__(self, config: HKTConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class HKTLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer: attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: HKTConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = HKTAttention(config, layer_idx)
+        self.mlp = HKTMLP(config)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, *_ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.dropout(attn_output)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class HKTPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by all HKT models."""
+
+    config: HKTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HKTLayer"]
+    _supports_sdpa = True
+    _can_record_outputs = {
+        "hidden_states": HKTLayer,
+        "attentions": HKTAttention,
+        "level_weights": OutputRecorder(HKTAttention, index=2),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, HKTAttention):
+            init.zeros_(module.level_logits)
+        elif isinstance(module, CausalDownsample):
+            init.copy_(module.weight, module.mean_weight())
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As in transformers; when the code travels along, `auto_map` names every class that the checkpoint serves."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class HKTModel(HKTPreTrainedModel):
+    """Bidirectional HKT encoder: token ids to hidden states, without a head.
+
+    Args:
+        config (`HKTConfig`): the configuration.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hkt_hf import HKTConfig, HKTModel
+
+    >>> model = HKTModel(HKTConfig(vocab_size=100, hidden_size=32, num_attention_heads=4, num_hidden_layers=2))
+    >>> model(torch.tensor([[5, 6, 7]])).last_hidden_state.shape
+    torch.Size([1, 3, 32])
+
+    ```
+    """
+
+    def __init__(self, config: HKTConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        if config.position_embedding_type == "absolute":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.rotary_emb = HKTRotaryEmbedding(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(HKTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HKTModelOutput:
+        """Encode a batch of right-padded sequences.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): token ids.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real tokens, 0 for padding; in each
+                row all ones come first.
+            position_ids (`torch.LongTensor` of shape `(B, T)` or `(1, T)`, *optional*): must count 0, 1, 2, ... :
+                blocks of the coarser levels are counted from the start of the row.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, d)`, *optional*): instead of `input_ids`.
+            kwargs: `output_hidden_states`, `output_attentions` (eager only), `output_level_weights`, `return_dict`.
+
+        Returns:
+            [`HKTModelOutput`]
+
+        Raises:
+            ValueError: both or none of `input_ids` and `inputs_embeds`, a token id outside the vocabulary, a sequence
+                longer than the position table, a mask of another shape or with a 0 before a 1 (left padding),
+                other position ids. Checks that read values are left out while compiling or tracing.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+
+        position_embeddings = None
+        if self.config.position_embedding_type == "absolute":
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+        else:
+            position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = self.dropout(inputs_embeds)
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return HKTModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class HKTForSequenceClassification(HKTPreTrainedModel):
+    """HKT encoder with pooling and a linear head: single-label or multi-label classification, or regression.
+
+    `config.problem_type` names the task; when it is `None` it follows from `num_labels` and the dtype of the labels,
+    as everywhere in transformers. `config.pooling` says what the head reads.
+
+    Args:
+        config (`HKTConfig`): the configuration.
+    """
+
+    # The loss is a mean over the sequences of a micro-batch, so the Trainer must divide it by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HKTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HKTModel(config)
+        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HKTSequenceClassifierOutput:
+        """Classify a batch of right-padded sequences.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            labels (`torch.Tensor`, *optional*): int64 `(B,)` in `[0, num_labels)` (or -100 to ignore a row) for one
+                label, float `(B, num_labels)` for several labels, float `(B,)` or `(B, num_labels)` for regression.
+
+        Returns:
+            [`HKTSequenceClassifierOutput`]
+
+        Raises:
+            ValueError: as [`HKTModel.forward`], or a label outside `[0, num_labels)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
+        logits = self.classifier(self.dropout(pooled))
+
+        loss = None
+        if labels is not None:
+            if _is_single_label(self.config, labels):
+                _check_class_labels(labels, self.num_labels)
+            else:
+                labels = labels.to(logits.dtype)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return HKTSequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            level_weights=outputs.level_weights,
+        )
+
+
+def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """One vector a sequence, `(B, d)`, from `hidden_states (B, T, d)` and a right-padding mask `(B, T)`.
+
+    Args:
+        hidden_states (`torch.Tensor`): `(B, T, d)`.
+        attention_mask (`torch.Tensor`, *optional*): `(B, T)`, nonzero = real; `None` = all real.
+        pooling (`str`): `"mean"` over the real tokens (zeros where there are none), `"cls"`: the first token,
+            `"last"`: the last real token.
+    """
+    if pooling == "cls":
+        return hidden_states[:, 0]
+    if attention_mask is None:
+        return hidden_states.mean(dim=1) if pooling == "mean" else hidden_states[:, -1]
+    mask = attention_mask.to(hidden_states.device) != 0
+    if pooling == "mean":
+        count = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return (hidden_states * mask.unsqueeze(-1)).sum(dim=1) / count
+    last = (mask.sum(dim=1) - 1).clamp(min=0)
+    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
+
+
+def _values_can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at values: not on the meta device, not while a graph is recorded."""
+    return tensor.device.type != "meta" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds) -> None:
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    batch_size, length = tokens.shape[:2]
+    if config.position_embedding_type == "absolute" and length > config.max_position_embeddings:
+        raise ValueError(
+            f"the input has {length} tokens, more than `max_position_embeddings` ({config.max_position_embeddings}): "
+            "truncate it, for instance with `truncation=True` in the tokenizer"
+        )
+    if input_ids is not None and _values_can_be_read(input_ids):
+        outside = (input_ids < 0) | (input_ids >= config.vocab_size)
+        if outside.any():
+            raise ValueError(
+                f"`input_ids` must lie in [0, vocab_size) = [0, {config.vocab_size}), got {input_ids[outside][0].item()}"
+            )
+    if attention_mask is not None:
+        if tuple(attention_mask.shape) != (batch_size, length):
+            raise ValueError(
+                f"`attention_mask` must have shape (batch, length) = {(batch_size, length)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        real = attention_mask != 0
+        if _values_can_be_read(real) and (real[:, 1:] & ~real[:, :-1]).any():
+            raise ValueError(
+                "`attention_mask` must be right-padded (ones, then zeros): blocks of the coarser levels are counted "
+                "from the start of the row, so left padding or gaps would change the result; set "
+                "`tokenizer.padding_side = 'right'`"
+            )
+    if position_ids is not None and _values_can_be_read(position_ids):
+        expected = torch.arange(length, device=position_ids.device)
+        if position_ids.shape[-1] != length or (position_ids != expected).any():
+            raise ValueError(
+                f"`position_ids` must count 0 .. {length - 1} in every row: packed or shifted sequences are not "
+                "supported yet"
+            )
+
+
+def _is_single_label(config: HKTConfig, labels: torch.Tensor) -> bool:
+    if config.problem_type is not None:
+        return config.problem_type == "single_label_classification"
+    return config.num_labels > 1 and labels.dtype in (torch.long, torch.int)
+
+
+def _check_class_labels(labels: torch.Tensor, num_labels: int) -> None:
+    if not _values_can_be_read(labels):
+        return
+    outside = ((labels < 0) | (labels >= num_labels)) & (labels != -100)
+    if outside.any():
+        raise ValueError(
+            f"`labels` must lie in [0, num_labels) = [0, {num_labels}), got {labels[outside][0].item()}; "
+            "set `num_labels` in the config"
+        )
+
+
+__all__ = ["HKTForSequenceClassification", "HKTModel", "HKTPreTrainedModel"]
