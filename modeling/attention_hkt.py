@@ -107,13 +107,13 @@ def hierarchical_scores(
         queries (sequence of `torch.Tensor`): `L` tensors `(B, H, T_l, p)`, fine to coarse.
         keys (sequence of `torch.Tensor`): likewise.
         level_weights (`torch.Tensor`): `(H, L)`. Rows are convex in HKT; the values are not checked.
-        scale (`float`, *optional*): factor of the scores, `p ** -0.5` by default.
+        scale (`float`, *optional*): positive factor of the scores, `p ** -0.5` by default.
 
     Returns:
         `torch.Tensor`: `(B, H, T, T)`, in the dtype of `queries`.
 
     Raises:
-        ValueError: shapes that do not belong together (the message names the argument).
+        ValueError: `scale` not positive, or shapes that do not belong together (the message names the argument).
     """
     _check_levels(queries, keys, level_weights)
     scale = _default_scale(queries, scale)
@@ -177,7 +177,7 @@ def hierarchical_attention(
         key_padding_mask (`torch.Tensor`, *optional*): `(B, T)` bool, True = real. Padded keys get no weight; a query
             that sees no real key at all gets zeros.
         is_causal (`bool`, *optional*, defaults to `False`): a query sees no later key.
-        scale (`float`, *optional*): factor of the scores, `p ** -0.5` by default.
+        scale (`float`, *optional*): positive factor of the scores, `p ** -0.5` by default.
         dropout_p (`float`, *optional*, defaults to 0.0): dropout of the attention weights, applied whenever positive
             (as in `torch.nn.functional.scaled_dot_product_attention`).
         backend (`str`, *optional*, defaults to `"auto"`): `"eager"` forms the scores and is the reference; `"lifted"`
@@ -188,7 +188,8 @@ def hierarchical_attention(
         `torch.Tensor`: `(B, H, T, p)`.
 
     Raises:
-        ValueError: unknown backend, `dropout_p` outside [0, 1), or shapes and dtypes that do not belong together.
+        ValueError: unknown backend, `dropout_p` outside [0, 1), `scale` not positive, or shapes and dtypes that do not
+            belong together (the message names the argument).
     """
     _check_levels(queries, keys, level_weights)
     _check_value_and_mask(queries, value, key_padding_mask)
@@ -221,9 +222,7 @@ def _lifted_backend(queries, keys, value, level_weights, key_padding_mask, is_ca
     if key_padding_mask is not None and is_causal:
         # PyTorch takes a mask or `is_causal`, not both. The mask becomes one more feature of the scores instead of a
         # T x T matrix: large enough that the weight of a padded key underflows to zero, small enough to stay finite.
-        penalty = torch.finfo(key.dtype).min / (4.0 * max(abs(scale), 1.0))
-        if scale < 0:
-            penalty = -penalty
+        penalty = torch.finfo(key.dtype).min / (4.0 * max(scale, 1.0))
         bias = (~key_padding_mask).to(key.dtype)[:, None, :, None] * penalty
         query = F.pad(query, (0, 1), value=1.0)
         key = torch.cat([key, bias.expand(*key.shape[:-1], 1)], dim=-1)
@@ -312,7 +311,11 @@ def _widen(value: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _default_scale(queries: Sequence[torch.Tensor], scale: float | None) -> float:
-    return queries[0].shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        return queries[0].shape[-1] ** -0.5
+    if not scale > 0.0:
+        raise ValueError(f"`scale` must be positive, got {scale}")
+    return scale
 
 
 def _check_levels(queries, keys, level_weights) -> None:

@@ -69,8 +69,9 @@ class HKTConfig(PreTrainedConfig):
             Token id of padding.
 
     Raises:
-        ValueError: a value outside its range or fields that contradict each other; wrong types raise the
-            `StrictDataclassFieldValidationError` of huggingface_hub. Both name the field.
+        StrictDataclassFieldValidationError: a field of the wrong type or outside its range.
+        StrictDataclassClassValidationError: fields that contradict each other. Both errors come from huggingface_hub
+            and name the field, its value and what would be right.
 
     Example:
 

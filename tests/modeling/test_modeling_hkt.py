@@ -1,0 +1,396 @@
+"""The models: equalities with BERT and across batches, saving, losses, recording, and what they refuse."""
+
+import copy
+
+import pytest
+import torch
+from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, HKTAttention, pool
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
+from transformers.models.bert.modeling_bert import BertSelfAttention
+
+from hkt_hf import HKTConfig, HKTForSequenceClassification, HKTModel
+
+
+def tiny_config(**kwargs):
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "num_labels": 3,
+        "hidden_dropout": 0.0,
+    }
+    return HKTConfig(**{**sizes, **kwargs})
+
+
+def randomize(model):
+    """Large random parameters, so that no path hides behind a small or symmetric initial state."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def right_padded_batch(lengths, total, vocab_size=40):
+    input_ids = torch.randint(5, vocab_size, (len(lengths), total))
+    attention_mask = (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
+    return input_ids.masked_fill(attention_mask == 0, 0), attention_mask
+
+
+POSITIONS = ["absolute", "rope"]
+IMPLEMENTATIONS = ["eager", "sdpa"]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_level_with_biases_is_bert_self_attention(implementation, padded):
+    config = tiny_config(num_levels=1, attention_bias=True, position_embedding_type="absolute")
+    config._attn_implementation = implementation
+    attention = randomize(HKTAttention(config, layer_idx=0))
+    bert_config = BertConfig(
+        hidden_size=32, num_attention_heads=4, attention_probs_dropout_prob=0.0, attn_implementation="eager"
+    )
+    bert = BertSelfAttention(bert_config).eval()
+    for ours, theirs in (
+        (attention.q_proj[0], bert.query),
+        (attention.k_proj[0], bert.key),
+        (attention.v_proj, bert.value),
+    ):
+        theirs.load_state_dict(ours.state_dict())
+    hidden_states = torch.randn(2, 19, 32)
+    visible = torch.ones(2, 1, 1, 19, dtype=torch.bool)
+    if padded:
+        visible[1, ..., 11:] = False
+    additive = torch.zeros(2, 1, 1, 19).masked_fill(~visible, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected = attention.o_proj(bert(hidden_states, attention_mask=additive)[0])
+        actual = attention(hidden_states, attention_mask=additive if implementation == "eager" else visible)[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("num_levels", [1, 3])
+def test_eager_and_sdpa_agree_with_gradients(positions, share, num_levels):
+    config = tiny_config(position_embedding_type=positions, share_level_projections=share, num_levels=num_levels)
+    model = randomize(HKTForSequenceClassification(config))
+    input_ids, attention_mask = right_padded_batch([17, 9, 1], 17)
+    results = []
+    for implementation in IMPLEMENTATIONS:
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        output = model(input_ids, attention_mask=attention_mask, labels=torch.tensor([0, 1, 2]))
+        output.loss.backward()
+        results.append([output.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for eager, sdpa in zip(*results, strict=True):
+        torch.testing.assert_close(sdpa, eager, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    padding=st.integers(0, 9),
+    positions=st.sampled_from(POSITIONS),
+    pooling=st.sampled_from(["mean", "cls", "last"]),
+    num_levels=st.integers(1, 4),
+    kernel_size=st.integers(1, 3),
+)
+def test_right_padding_changes_nothing(lengths, padding, positions, pooling, num_levels, kernel_size):
+    config = tiny_config(
+        position_embedding_type=positions,
+        pooling=pooling,
+        num_levels=num_levels,
+        downsample_kernel_size=kernel_size,
+        downsample_type="dense" if kernel_size == 3 else "depthwise",
+    )
+    torch.manual_seed(0)
+    model = randomize(HKTForSequenceClassification(config))
+    input_ids, attention_mask = right_padded_batch(lengths, max(lengths) + padding)
+    with torch.no_grad():
+        batch = model(input_ids, attention_mask=attention_mask).logits
+        alone = torch.cat([model(input_ids[row : row + 1, :n]).logits for row, n in enumerate(lengths)])
+    torch.testing.assert_close(batch, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_a_fully_padded_row_is_finite(implementation, pooling):
+    model = randomize(HKTForSequenceClassification(tiny_config(pooling=pooling)))
+    model.set_attn_implementation(implementation)
+    input_ids, attention_mask = right_padded_batch([8, 0], 12)
+    output = model(input_ids, attention_mask=attention_mask, labels=torch.tensor([0, 1]))
+    output.loss.backward()
+    assert output.logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_pooling_reads_what_it_says():
+    hidden_states = torch.arange(12.0).view(2, 3, 2)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert pool(hidden_states, mask, "mean").tolist() == [[1.0, 2.0], [8.0, 9.0]]
+    assert pool(hidden_states, mask, "cls").tolist() == [[0.0, 1.0], [6.0, 7.0]]
+    assert pool(hidden_states, mask, "last").tolist() == [[2.0, 3.0], [10.0, 11.0]]
+    for pooling in ("mean", "cls", "last"):
+        assert torch.equal(pool(hidden_states, None, pooling), pool(hidden_states, torch.ones(2, 3), pooling))
+
+
+def test_levels_share_or_own_their_projections():
+    own, shared = (HKTAttention(tiny_config(share_level_projections=share), 0) for share in (False, True))
+    assert len(own.q_proj) == len(own.k_proj) == 3
+    assert len(shared.q_proj) == len(shared.k_proj) == 1
+
+
+def test_rope_gives_a_block_the_position_of_its_first_token():
+    """With equal hidden states everywhere, rotated scores of level 1 depend on the distance of first tokens."""
+    config = tiny_config(num_levels=2, num_attention_heads=1, hidden_size=8, head_dim=8)
+    config._attn_implementation = "eager"
+    model = randomize(HKTModel(config))
+    attention = model.layers[0].self_attn
+    with torch.no_grad():
+        attention.level_logits.copy_(torch.tensor([[-100.0, 100.0]]))
+        hidden_states = torch.ones(1, 9, 8)
+        cos, sin = model.rotary_emb(hidden_states, torch.arange(9)[None])
+        _, weights, _ = attention(hidden_states, position_embeddings=(cos, sin))
+        block = attention.levels(hidden_states)[1][:, 1]  # every block but the first, which sees the left padding
+        query, key = attention.q_proj[1](block), attention.k_proj[1](block)
+
+        def rotate(states, position):
+            first, second = states.chunk(2, -1)
+            turned = torch.cat((-second, first), -1)
+            return states * cos[:, position] + turned * sin[:, position]
+
+        def score(i, j):
+            return (rotate(query, i // 2 * 2) * rotate(key, j // 2 * 2)).sum() * attention.scaling
+
+        logits = weights[0, 0].log()
+        for i, j in ((4, 7), (5, 6), (7, 2), (8, 8)):
+            expected = score(i, j) - score(i, 3)
+            torch.testing.assert_close(logits[i, j] - logits[i, 3], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_are_recorded_on_request():
+    model = randomize(HKTForSequenceClassification(tiny_config()))
+    model.set_attn_implementation("eager")
+    input_ids, attention_mask = right_padded_batch([7, 5], 7)
+    output = model(
+        input_ids,
+        attention_mask=attention_mask,
+        output_attentions=True,
+        output_hidden_states=True,
+        output_level_weights=True,
+    )
+    assert [tuple(t.shape) for t in output.hidden_states] == [(2, 7, 32)] * 3
+    assert [tuple(t.shape) for t in output.attentions] == [(2, 4, 7, 7)] * 2
+    assert [tuple(t.shape) for t in output.level_weights] == [(4, 3)] * 2
+    for attention in output.attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 7))
+        assert attention[1, :, :, 5:].eq(0).all()
+    for weights in output.level_weights:
+        assert weights.min() > 0
+        torch.testing.assert_close(weights.sum(-1), torch.ones(4))
+    plain = model(input_ids, attention_mask=attention_mask)
+    assert plain.level_weights is None and plain.attentions is None and plain.hidden_states is None
+    assert torch.equal(plain.logits, output.logits)
+    assert torch.equal(model(input_ids, attention_mask=attention_mask, return_dict=False)[0], output.logits)
+
+
+@pytest.mark.parametrize("num_labels", [1, 4])
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification", "single_label_classification"])
+def test_problem_types_and_their_losses(problem_type, num_labels):
+    if problem_type == "single_label_classification" and num_labels == 1:
+        pytest.skip("one class is no classification")
+    model = randomize(HKTForSequenceClassification(tiny_config(num_labels=num_labels, problem_type=problem_type)))
+    input_ids, attention_mask = right_padded_batch([6, 3], 6)
+    labels = torch.randint(0, num_labels, (2, num_labels)) if num_labels > 1 else torch.tensor([1.0, 0.0])
+    if problem_type == "single_label_classification":
+        labels = labels[:, 0]
+    elif problem_type == "multi_label_classification":
+        labels = labels.reshape(2, num_labels).clamp(max=1).float()
+    output = model(input_ids, attention_mask=attention_mask, labels=labels)
+    expected = {
+        "regression": lambda x: (x.squeeze() - labels).square().mean(),
+        "multi_label_classification": lambda x: torch.nn.functional.binary_cross_entropy_with_logits(x, labels),
+        "single_label_classification": lambda x: torch.nn.functional.cross_entropy(x, labels),
+    }[problem_type](output.logits)
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = randomize(HKTForSequenceClassification(tiny_config())).train()
+    input_ids, attention_mask = right_padded_batch([9, 4], 9)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(input_ids, attention_mask=attention_mask, labels=torch.tensor([0, 2])).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert model.model.layers[0].gradient_checkpointing
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("auto_class", sorted(AUTO_CLASSES))
+def test_save_and_load_through_the_auto_classes_is_bit_equal(auto_class, tmp_path):
+    import transformers
+
+    model = randomize(HKTForSequenceClassification(tiny_config()))
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, auto_class).from_pretrained(tmp_path)
+    assert type(loaded).__name__ == AUTO_CLASSES[auto_class]
+    input_ids, attention_mask = right_padded_batch([12, 5], 12)
+    reference = model if auto_class == "AutoModelForSequenceClassification" else model.model
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids, attention_mask)[0], reference(input_ids, attention_mask)[0])
+
+
+def test_config_survives_a_round_trip(tmp_path):
+    config = tiny_config(num_levels=2, downsample_type="dense", pooling="last", position_embedding_type="absolute")
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, HKTConfig)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+
+
+def test_backbone_weights_move_into_a_head_and_missing_parameters_are_initialised(tmp_path):
+    """Raw parameters that a file lacks come back in their initial state, not as uninitialised memory."""
+    backbone = randomize(HKTModel(tiny_config()))
+    state = {name: tensor for name, tensor in backbone.state_dict().items() if "level_logits" not in name}
+    state = {name: tensor for name, tensor in state.items() if "downsample" not in name}
+    backbone.save_pretrained(tmp_path, state_dict=state)
+    loaded = HKTForSequenceClassification.from_pretrained(tmp_path)
+    for layer, original in zip(loaded.model.layers, backbone.layers, strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, original.mlp.up_proj.weight)
+        assert layer.self_attn.level_logits.eq(0).all()
+        for downsample in layer.self_attn.downsample:
+            assert downsample.weight.eq(0.5).all()
+    torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, backbone.rotary_emb.inv_freq, rtol=0, atol=0)
+
+
+def test_the_flat_twin_has_a_subset_of_the_parameters():
+    flat, deep = (dict(HKTModel(tiny_config(num_levels=n)).named_parameters()) for n in (1, 3))
+    assert set(flat) < set(deep)
+
+
+def test_dropout_only_in_training():
+    model = randomize(HKTForSequenceClassification(tiny_config(hidden_dropout=0.5, attention_dropout=0.5)))
+    input_ids, _ = right_padded_batch([9], 9)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, model(input_ids).logits)
+        model.train()
+        assert not torch.equal(model(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_finite(dtype):
+    model = HKTForSequenceClassification(tiny_config()).to(dtype)
+    input_ids, attention_mask = right_padded_batch([9, 4], 9)
+    output = model(input_ids, attention_mask=attention_mask, labels=torch.tensor([0, 2]))
+    output.loss.backward()
+    assert output.logits.dtype == dtype and output.logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_input_embeddings_are_found():
+    model = HKTForSequenceClassification(tiny_config())
+    assert model.get_input_embeddings() is model.model.embed_tokens
+    model.resize_token_embeddings(50)
+    assert model.config.vocab_size == 50
+    input_ids, _ = right_padded_batch([9], 9)
+    embedded = model(inputs_embeds=model.get_input_embeddings()(input_ids)).logits
+    torch.testing.assert_close(embedded, model(input_ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "kwargs"),
+    [
+        ("hidden_size", {"hidden_size": 30}),
+        ("hidden_size", {"hidden_size": "wide"}),
+        ("hidden_size", {"hidden_size": 0}),
+        ("head_dim", {"head_dim": 0}),
+        ("head_dim", {"head_dim": 7}),
+        ("num_levels", {"num_levels": 0}),
+        ("num_levels", {"num_levels": 8}),
+        ("max_position_embeddings", {"num_levels": 8}),
+        ("downsample_kernel_size", {"downsample_kernel_size": 0}),
+        ("downsample_type", {"downsample_type": "mean"}),
+        ("pooling", {"pooling": "max"}),
+        ("position_embedding_type", {"position_embedding_type": "alibi"}),
+        ("score_symmetry", {"score_symmetry": "psd"}),
+        ("score_symmetry", {"score_symmetry": "symmetric"}),
+        ("score_symmetry", {"score_symmetry": "odd"}),
+        ("hidden_act", {"hidden_act": "gulu"}),
+        ("hidden_dropout", {"hidden_dropout": 1.5}),
+        ("attention_dropout", {"attention_dropout": -0.1}),
+        ("classifier_dropout", {"classifier_dropout": 2.0}),
+        ("layer_norm_eps", {"layer_norm_eps": -1.0}),
+        ("vocab_size", {"vocab_size": 0}),
+        ("pad_token_id", {"pad_token_id": 40}),
+    ],
+)
+def test_bad_configs_name_the_field(field, kwargs):
+    with pytest.raises(Exception, match=field):
+        tiny_config(**kwargs)
+
+
+def test_the_default_config_is_valid_and_of_bert_base_size():
+    config = HKTConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_levels, config.head_dim) == (768, 12, 3, 64)
+
+
+def bad_calls():
+    ids = torch.randint(5, 40, (2, 6))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    left, hole = mask.clone(), mask.clone()
+    left[0, :2] = 0
+    hole[0, 3] = 0
+    labels = torch.tensor([0, 3])
+    yield "exactly one of `input_ids` and `inputs_embeds`", {}
+    yield "exactly one of `input_ids` and `inputs_embeds`", {"input_ids": ids, "inputs_embeds": torch.ones(2, 6, 32)}
+    yield r"`input_ids` must lie in \[0, vocab_size\) = \[0, 40\), got 40", {"input_ids": ids.clone().fill_(40)}
+    yield r"`input_ids` .* got -1", {"input_ids": ids.clone().fill_(-1)}
+    yield "`attention_mask` must be right-padded", {"input_ids": ids, "attention_mask": left}
+    yield "`attention_mask` must be right-padded", {"input_ids": ids, "attention_mask": hole}
+    yield "`attention_mask` must have shape", {"input_ids": ids, "attention_mask": mask[:, :5]}
+    yield "`attention_mask` must have shape", {"input_ids": ids, "attention_mask": torch.ones(2, 1, 6, 6)}
+    yield "`position_ids` must count", {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    yield r"`labels` must lie in \[0, num_labels\) = \[0, 3\), got 3", {"input_ids": ids, "labels": labels}
+    yield r"`labels` .* got -1", {"input_ids": ids, "labels": torch.tensor([0, -1])}
+
+
+@pytest.mark.parametrize(("message", "kwargs"), list(bad_calls()))
+def test_bad_inputs_are_refused_before_any_work(message, kwargs):
+    model = HKTForSequenceClassification(tiny_config())
+    with pytest.raises(ValueError, match=message):
+        model(**kwargs)
+
+
+def test_sequences_longer_than_the_position_table():
+    input_ids = torch.randint(5, 40, (1, 65))
+    with pytest.raises(ValueError, match=r"65 tokens, more than `max_position_embeddings` \(64\)"):
+        HKTModel(tiny_config(position_embedding_type="absolute"))(input_ids)
+    assert HKTModel(tiny_config(position_embedding_type="rope"))(input_ids)[0].shape == (1, 65, 32)
+
+
+def test_ignored_labels_and_valid_position_ids_pass():
+    model = HKTForSequenceClassification(tiny_config())
+    input_ids = torch.randint(5, 40, (2, 6))
+    output = model(input_ids, position_ids=torch.arange(6)[None], labels=torch.tensor([1, -100]))
+    assert output.loss.isfinite()
+    assert torch.equal(output.logits, model(input_ids).logits)
+
+
+def test_models_can_be_copied_and_built_on_the_meta_device():
+    copy.deepcopy(HKTForSequenceClassification(tiny_config()))
+    with torch.device("meta"):
+        model = HKTForSequenceClassification(tiny_config())
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_auto_classes_build_from_a_config():
+    assert isinstance(AutoModel.from_config(tiny_config()), HKTModel)
+    assert isinstance(AutoModelForSequenceClassification.from_config(tiny_config()), HKTForSequenceClassification)
