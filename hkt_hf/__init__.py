@@ -13,6 +13,7 @@ from .modeling import (
     lift,
     modeling_hkt,
 )
+from .presets import preset
 
 
 __version__ = "0.1.0"
@@ -39,4 +40,5 @@ __all__ = [
     "hierarchical_attention",
     "hierarchical_scores",
     "lift",
+    "preset",
 ]

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, HKTAttention, pool
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from hkt_hf import HKTConfig, HKTForSequenceClassification, HKTModel
+from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, HKTAttention, pool
 
 
 def tiny_config(**kwargs):

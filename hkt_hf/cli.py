@@ -1,0 +1,113 @@
+"""The command `hkt`: train, evaluate, predict, push."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from .files import write_json
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command `hkt`."""
+    parser = argparse.ArgumentParser(prog="hkt", description="Hierarchical attention on the Hugging Face stack.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train an experiment; continues where it was interrupted",
+        description="Train an experiment. Options --section.key VALUE change what the configuration says, "
+        "e.g. --training.learning_rate 1e-3 --model.num_levels 1 --output_dir runs/flat.",
+    )
+    train.add_argument("config", help="a YAML file, or the name of a packaged configuration, e.g. listops-hkt-tiny")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a checkpoint",
+        description="Measure a checkpoint on the data it was trained on; --data.KEY VALUE names other data.",
+    )
+    evaluate.add_argument("checkpoint", help="folder of a run, or a Hub id")
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    evaluate.add_argument("--out", help="also write the metrics to this JSON file")
+
+    predict = commands.add_parser("predict", help="labels and scores of texts")
+    predict.add_argument("checkpoint", help="folder of a run, or a Hub id")
+    predict.add_argument("texts", nargs="+", metavar="TEXT")
+    predict.add_argument("--json", action="store_true", help="print all labels and scores as JSON")
+
+    push = commands.add_parser("push", help="upload a checkpoint to the Hub, in one commit")
+    push.add_argument("checkpoint", help="folder of a finished run")
+    push.add_argument("repo_id", help="user/name or organisation/name")
+    push.add_argument("--private", action="store_true", help="make a private repository if it is new")
+    push.add_argument("--revision", help="branch to commit to")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command `hkt`.
+
+    Args:
+        arguments (sequence of `str`, *optional*): words after `hkt`; those of the process by default.
+
+    Returns:
+        `int`: 0, or 1 after an error that the user can mend (its message goes to standard error).
+    """
+    options, rest = build_parser().parse_known_args(arguments)
+    if rest and options.command not in ("train", "evaluate"):
+        build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        {"train": _train, "evaluate": _evaluate, "predict": _predict, "push": _push}[options.command](options, rest)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        print(f"hkt {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# The commands import what they need when they run: `hkt --help` and errors of usage answer at once.
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    from .config import load_experiment
+    from .training import train
+
+    config = load_experiment(options.config, rest)
+    report = train(config)
+    for split in ("validation", "test"):
+        print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in report[split].items()))
+    print(f"model, card and curves: {config.output_dir}")
+
+
+def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
+    from .training import evaluate_checkpoint
+
+    metrics = evaluate_checkpoint(options.checkpoint, rest, split=options.split)
+    if options.out:
+        write_json(options.out, {"checkpoint": options.checkpoint, "split": options.split, **metrics})
+    print(f"{options.split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+
+def _predict(options: argparse.Namespace, rest: list[str]) -> None:
+    from .training import predict
+
+    for text, scores in zip(options.texts, predict(options.checkpoint, options.texts), strict=True):
+        if options.json:
+            print(json.dumps({"text": text, "scores": scores}, ensure_ascii=False))
+        else:
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            print(f"{scores[0]['label']}\t{scores[0]['score']:.4f}\t{shown}")
+
+
+def _push(options: argparse.Namespace, rest: list[str]) -> None:
+    from .hub import push_checkpoint
+
+    print(push_checkpoint(options.checkpoint, options.repo_id, private=options.private, revision=options.revision))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Experiment configuration: YAML files with bases and overrides, checked before any work starts."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import TrainingArguments
+
+from .data import DataConfig
+from .modeling import HKTConfig
+from .presets import packaged_config, parse_yaml, read_yaml
+from .tokenization import TOKENIZER_KINDS
+
+
+# Set by the experiment itself; a second place for them could only contradict it.
+MANAGED_TRAINING_KEYS = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed"}
+MANAGED_MODEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type", "vocab_size", "pad_token_id")
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes token ids.
+
+    Args:
+        kind (`str`, *optional*): `"listops"`, `"bytes"` or `"pixels"`; by default what suits the data.
+        max_length (`int`, *optional*, defaults to 512): longer inputs are truncated.
+        add_cls_token (`bool`, *optional*, defaults to `False`): begin every sequence with `[CLS]`.
+    """
+
+    kind: str | None = None
+    max_length: int = 512
+    add_cls_token: bool = False
+
+    def __post_init__(self):
+        if self.kind is not None and self.kind not in TOKENIZER_KINDS:
+            raise ValueError(f"`tokenizer.kind` must be one of {TOKENIZER_KINDS}, got {self.kind!r}")
+        if not isinstance(self.max_length, int) or self.max_length < 1:
+            raise ValueError(f"`tokenizer.max_length` must be an integer of at least 1, got {self.max_length!r}")
+
+
+@dataclass
+class ExperimentConfig:
+    """One training run.
+
+    Args:
+        output_dir (`str`): folder of the run: Trainer checkpoints, and in the end the model, its card and its curves.
+        seed (`int`, *optional*, defaults to 0): seed of initial weights, data order and dropout.
+        model (`dict`, *optional*): fields of [`HKTConfig`], or `checkpoint`: a local folder or Hub id to fine-tune,
+            whose configuration the other fields change.
+        tokenizer ([`TokenizerConfig`], *optional*): tokenizer; not used with `model.checkpoint`, which brings its own.
+        data ([`~hkt_hf.data.DataConfig`], *optional*): dataset, columns and splits.
+        training (`dict`, *optional*): fields of `transformers.TrainingArguments`.
+    """
+
+    output_dir: str
+    seed: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as they are written to YAML."""
+        return dataclasses.asdict(self)
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read an experiment from YAML.
+
+    A file may name others under `base` (a name of this package's `configs/`, or a path relative to the file); they
+    are merged in order, then the file itself, then the overrides.
+
+    Args:
+        path (`str` or `Path`): a YAML file, or the name of a packaged one (`"listops-hkt-tiny"`).
+        overrides (sequence of `str`): command-line words: `["--training.learning_rate", "1e-3"]`, or with `=`.
+
+    Returns:
+        [`ExperimentConfig`]
+
+    Raises:
+        FileNotFoundError: no such file or packaged configuration.
+        ValueError: YAML that can't be read, an unknown key (with the nearest valid one), or a bad value.
+    """
+    values = _merge(_read_with_bases(path), parse_overrides(overrides))
+    return build_experiment(values)
+
+
+def build_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Check nested plain values and turn them into an [`ExperimentConfig`]; errors as in [`load_experiment`]."""
+    _check_keys(values, [f.name for f in dataclasses.fields(ExperimentConfig)], prefix="")
+    if not values.get("output_dir"):
+        raise ValueError("`output_dir` must be given: the folder that the run is written to")
+    seed = values.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}")
+    model = dict(_section(values, "model"))
+    _check_keys(model, ["checkpoint", *_field_names(HKTConfig)], prefix="model.", managed=MANAGED_MODEL_KEYS)
+    if "checkpoint" not in model:
+        _check_model(model)
+    training = dict(_section(values, "training"))
+    _check_keys(training, _field_names(TrainingArguments), prefix="training.", managed=MANAGED_TRAINING_KEYS)
+    return ExperimentConfig(
+        output_dir=str(values["output_dir"]),
+        seed=seed,
+        model=model,
+        tokenizer=_build_dataclass(TokenizerConfig, _section(values, "tokenizer"), prefix="tokenizer."),
+        data=_build_dataclass(DataConfig, _section(values, "data"), prefix="data."),
+        training=training,
+    )
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Turn `--section.key value` words (or `--section.key=value`) into nested values; values are read as YAML.
+
+    Raises:
+        ValueError: a word that is no option, or an option without a value.
+    """
+    values: dict[str, Any] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not re.match(r"--[A-Za-z_]", word):
+            raise ValueError(f"expected an option of the form --section.key, got {word!r}")
+        option, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ValueError(f"option --{option} needs a value")
+            text = words.pop(0)
+        *sections, key = option.split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[key] = parse_yaml(text, source=f"the value of --{option}")
+    return values
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the keys whose values differ between two nested mappings."""
+    names = []
+    for key in sorted({*left, *right}, key=str):
+        old, new = left.get(key), right.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            names += differences(old, new, prefix=f"{prefix}{key}.")
+        elif old != new:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def _read_with_bases(path: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    file = _find(path)
+    if str(file) in seen:
+        raise ValueError(f"`base` goes round in circles: {' -> '.join((*seen, str(file)))}")
+    values = read_yaml(file)
+    bases = values.pop("base", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        beside = Path(str(file)).parent / base
+        found = next((candidate for candidate in (beside, Path(f"{beside}.yaml")) if candidate.is_file()), base)
+        merged = _merge(merged, _read_with_bases(found, (*seen, str(file))))
+    return _merge(merged, values)
+
+
+def _find(path: str | Path):
+    if Path(path).is_file():
+        return Path(path)
+    if Path(path).suffix in (".yaml", ".yml"):
+        raise FileNotFoundError(f"no configuration file {str(path)!r}")
+    return packaged_config(str(path))
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"`{name}` must be a mapping of keys to values, got {section!r}")
+    return section
+
+
+def _field_names(cls) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def _check_keys(values: Mapping[str, Any], known: Iterable[str], prefix: str, managed: Iterable[str] = ()) -> None:
+    known = set(known) - set(managed)
+    for key in values:
+        if key in managed:
+            where = managed[key] if isinstance(managed, Mapping) else "the data and the tokenizer"
+            raise ValueError(f"`{prefix}{key}` can't be set: it follows from {where}")
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key `{prefix}{key}`; the nearest valid one is `{prefix}{nearest}`")
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    try:
+        HKTConfig(**model)
+    except StrictDataclassError as error:
+        raise ValueError(f"section `model` is not valid: {error}") from error
+
+
+def _build_dataclass(cls, values: Mapping[str, Any], prefix: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    _check_keys(values, fields, prefix)
+    kwargs = {}
+    for key, value in values.items():
+        nested = fields[key].default_factory
+        if dataclasses.is_dataclass(nested):
+            value = _build_dataclass(nested, _section(values, key), prefix=f"{prefix}{key}.")
+        kwargs[key] = value
+    return cls(**kwargs)

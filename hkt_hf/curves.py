@@ -1,0 +1,85 @@
+"""Learning curves of a run: JSON and PNG beside the checkpoint, renewed at every evaluation."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+from transformers import TrainerCallback
+
+from .files import write_json
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def curves_from_log(log_history: list[dict]) -> dict[str, list[dict]]:
+    """Split a Trainer's log into the entries of training and of validation.
+
+    Args:
+        log_history (`list[dict]`): `trainer.state.log_history`.
+
+    Returns:
+        `dict[str, list[dict]]`: `train` (step, epoch, loss, learning_rate, grad_norm) and `validation` (step, epoch,
+        loss and metrics, without the prefix `eval_`).
+    """
+    train = [dict(entry) for entry in log_history if "loss" in entry]
+    validation = [
+        {key.removeprefix("eval_"): value for key, value in entry.items()}
+        for entry in log_history
+        if "eval_loss" in entry
+    ]
+    return {"train": train, "validation": validation}
+
+
+def write_curves(log_history: list[dict], folder: str | Path, metric: str) -> None:
+    """Write `curves.json` and `curves.png` into `folder`.
+
+    Args:
+        log_history (`list[dict]`): `trainer.state.log_history`.
+        folder (`str` or `Path`): an existing folder.
+        metric (`str`): the validation metric to plot beside the losses, e.g. `"accuracy"`.
+    """
+    folder = Path(folder)
+    curves = curves_from_log(log_history)
+    write_json(folder / "curves.json", curves)
+    figure = _plot(curves, metric)
+    temporary = folder / f".curves.{os.getpid()}.png"
+    try:
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, folder / "curves.png")
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)
+
+
+def _plot(curves: dict[str, list[dict]], metric: str):
+    figure, (losses, scores) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for name in ("train", "validation"):
+        steps = [entry["step"] for entry in curves[name]]
+        marker = "o" if name == "validation" else None
+        losses.plot(steps, [entry["loss"] for entry in curves[name]], label=name, marker=marker, markersize=4)
+    losses.set(xlabel="step", ylabel="loss")
+    losses.legend()
+    measured = [entry for entry in curves["validation"] if metric in entry]
+    scores.plot([entry["step"] for entry in measured], [entry[metric] for entry in measured], marker="o", markersize=4)
+    scores.set(xlabel="step", ylabel=f"validation {metric}")
+    for axes in (losses, scores):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+class CurvesCallback(TrainerCallback):
+    """Renews the learning curves at every evaluation and at the end, on the main process."""
+
+    def __init__(self, folder: str | Path, metric: str):
+        self.folder = Path(folder)
+        self.metric = metric
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Called by the Trainer after each evaluation."""
+        if state.is_world_process_zero and self.folder.is_dir():
+            write_curves(state.log_history, self.folder, self.metric)
+
+    on_train_end = on_evaluate

@@ -1,0 +1,111 @@
+"""Metrics of the three problem types, as modules of `evaluate` that need no network."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+
+_CITATION = ""
+
+
+class _LocalMetric(evaluate.Metric):
+    """A metric defined in this file: `evaluate.load` would fetch its script from the Hub."""
+
+    description = ""
+    dtype = "int64"
+    sequence = False
+
+    def __init__(self):
+        super().__init__(keep_in_memory=True, experiment_id=type(self).__name__)
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = datasets.Value(self.dtype)
+        value = datasets.Sequence(value) if self.sequence else value
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation=_CITATION,
+            features=datasets.Features({"predictions": value, "references": value}),
+        )
+
+
+class Accuracy(_LocalMetric):
+    """Share of predictions that equal their reference, in [0, 1]; predictions and references are class ids `(N,)`."""
+
+    description = "share of correct predictions"
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
+class MultiLabel(_LocalMetric):
+    """Micro-averaged F1 and share of rows with every label right; rows are 0/1 vectors `(N, num_labels)`."""
+
+    description = "micro-averaged F1 and exact match"
+    sequence = True
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        predictions, references = np.asarray(predictions, dtype=bool), np.asarray(references, dtype=bool)
+        hits = np.sum(predictions & references)
+        total = predictions.sum() + references.sum()
+        return {
+            "f1_micro": float(2 * hits / total) if total else 1.0,
+            "exact_match": float(np.mean((predictions == references).all(axis=1))),
+        }
+
+
+class Regression(_LocalMetric):
+    """Mean squared and mean absolute error; predictions and references are numbers `(N,)`."""
+
+    description = "mean squared and mean absolute error"
+    dtype = "float64"
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        error = np.asarray(predictions, dtype=np.float64) - np.asarray(references, dtype=np.float64)
+        return {"mse": float(np.mean(error**2)), "mae": float(np.mean(np.abs(error)))}
+
+
+MAIN_METRIC = {
+    "single_label_classification": "accuracy",
+    "multi_label_classification": "f1_micro",
+    "regression": "mse",
+}
+
+
+def compute_metrics_for(problem_type: str):
+    """The `compute_metrics` function that a `Trainer` wants, for a problem type of transformers.
+
+    Args:
+        problem_type (`str`): `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+
+    Returns:
+        A function from an `EvalPrediction` (logits `(N, num_labels)`, labels) to a dict of floats.
+
+    Raises:
+        ValueError: unknown problem type.
+    """
+    if problem_type not in MAIN_METRIC:
+        raise ValueError(f"`problem_type` must be one of {sorted(MAIN_METRIC)}, got {problem_type!r}")
+    metric = {
+        "single_label_classification": Accuracy,
+        "multi_label_classification": MultiLabel,
+        "regression": Regression,
+    }[problem_type]()
+
+    def predictions_of(logits: np.ndarray) -> Any:
+        if problem_type == "single_label_classification":
+            return logits.argmax(axis=-1)
+        if problem_type == "multi_label_classification":
+            return (logits > 0).astype(np.int64)
+        return logits.reshape(-1)
+
+    def compute_metrics(prediction) -> dict[str, float]:
+        logits, labels = prediction.predictions, prediction.label_ids
+        if problem_type == "multi_label_classification":
+            labels = labels.astype(np.int64)
+        return metric.compute(
+            predictions=predictions_of(logits), references=labels.reshape(predictions_of(logits).shape)
+        )
+
+    return compute_metrics

@@ -1,0 +1,395 @@
+"""Training and evaluation of one experiment, on the `Trainer` of transformers."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+import yaml
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import cached_file
+
+from .card import build_card
+from .checkpoints import last_complete_checkpoint, load_checkpoint
+from .config import ExperimentConfig, differences, load_experiment
+from .curves import CurvesCallback, write_curves
+from .data import TaskData, load_data
+from .environment import environment
+from .files import write_json, write_text
+from .metrics import MAIN_METRIC, compute_metrics_for
+from .modeling import HKTConfig, HKTForSequenceClassification
+from .tokenization import build_tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "hkt.yaml"
+METRICS_FILE = "metrics.json"  # written last: its presence means that the run is finished
+
+TRAINING_DEFAULTS = {
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # below 1: a share of all steps
+    "weight_decay": 0.01,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 10,
+    "train_sampling_strategy": "group_by_length",
+    "report_to": "none",
+}
+
+
+class EpochSeededLengthSampler(LengthGroupedSampler):
+    """Length-grouped order that depends on the seed and the epoch alone.
+
+    The stock sampler draws from the global generator, whose state in the middle of a run depends on everything before
+    it, dropout included: a resumed run would see another order than an uninterrupted one.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the start of each epoch, also of a resumed one."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return super().__iter__()
+
+
+class ExperimentTrainer(Trainer):
+    """The `Trainer`, with a data order that a resumed run repeats."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSeededLengthSampler(batch_size, list(dataset[self.args.length_column_name]), self.args.seed)
+
+
+def train(config: ExperimentConfig) -> dict:
+    """Train, evaluate and save one experiment; continue it where it was interrupted.
+
+    The folder `config.output_dir` becomes a checkpoint: weights, code, tokenizer, model card, `hkt.yaml` (the
+    configuration), `curves.json`, `curves.png` and, last of all, `metrics.json`. A finished run is not repeated.
+
+    Args:
+        config ([`ExperimentConfig`]): what to do.
+
+    Returns:
+        `dict`: the content of `metrics.json`: metrics of the validation and of the test split, parameters, seconds,
+        versions and machine.
+
+    Raises:
+        ValueError: bad values in the configuration or in the data, or an output folder that holds something else.
+        FileNotFoundError: data that is not there.
+    """
+    state = PartialState()
+    output_dir = Path(config.output_dir)
+    check_output_dir(output_dir, config)
+    if (output_dir / METRICS_FILE).is_file():
+        logger.warning("%s is finished already; its results are returned", output_dir)
+        return json.loads((output_dir / METRICS_FILE).read_text(encoding="utf-8"))
+
+    arguments = training_arguments(config)
+    with state.main_process_first():
+        task = load_data(config.data)
+    set_seed(config.seed)
+    model, tokenizer = build_model_and_tokenizer(config, task)
+    with state.main_process_first():
+        splits = tokenize(task.splits, tokenizer, config.tokenizer.max_length)
+    if state.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(output_dir / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    state.wait_for_everyone()
+
+    main_metric = MAIN_METRIC[task.problem_type]
+    trainer = ExperimentTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics_for(task.problem_type),
+        callbacks=[CurvesCallback(output_dir, main_metric)],
+    )
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is not None:
+        logger.warning("continuing from %s", checkpoint)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started
+
+    results = {
+        split: _plain_metrics(trainer.evaluate(splits[split], metric_key_prefix="eval"))
+        for split in ("validation", "test")
+    }
+    report = {
+        **results,
+        "main_metric": main_metric,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "resumed": checkpoint is not None,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seed": config.seed,
+        "environment": environment(),
+    }
+    if trainer.is_world_process_zero():
+        write_curves(trainer.state.log_history, output_dir, main_metric)
+        card = build_card(
+            trainer.model,
+            name=output_dir.name,
+            data=task.description,
+            task=config.data.task,
+            seed=config.seed,
+            metrics={split: {main_metric: values[main_metric]} for split, values in results.items()},
+            training=_training_in_words(trainer),
+        )
+        _save_final(trainer.model, tokenizer, str(card), output_dir)
+        write_json(output_dir / METRICS_FILE, report)
+    state.wait_for_everyone()
+    return report
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path, overrides: list[str] | tuple[str, ...] = (), split: str = "test"
+) -> dict:
+    """Measure a checkpoint on one split of the data it was trained on, or of other data named by overrides.
+
+    Args:
+        checkpoint (`str` or `Path`): a run's folder, one of its `checkpoint-N`, or a Hub id.
+        overrides (sequence of `str`): as in [`load_experiment`], e.g. `["--data.path", "my.csv"]`.
+        split (`str`, *optional*, defaults to `"test"`): `"train"`, `"validation"` or `"test"`.
+
+    Returns:
+        `dict`: loss and metrics.
+
+    Raises:
+        ValueError: unknown split, a checkpoint that lacks weights or its configuration, or data with other labels.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"`split` must be 'train', 'validation' or 'test', got {split!r}")
+    model, tokenizer = load_checkpoint(checkpoint)
+    config = load_experiment(_experiment_file(checkpoint), overrides)
+    task = load_data(config.data)
+    _check_labels(model.config, task)
+    dataset = tokenize(task.splits.select_columns(["text", "label"]), tokenizer, config.tokenizer.max_length)[split]
+    arguments = training_arguments(config, output_dir=None)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics_for(task.problem_type),
+    )
+    return _plain_metrics(trainer.evaluate(dataset))
+
+
+def predict(checkpoint: str | Path, texts: list[str]) -> list[list[dict]]:
+    """Labels and scores of texts, the best first.
+
+    Args:
+        checkpoint (`str` or `Path`): a run's folder or a Hub id.
+        texts (`list[str]`): at least one; longer ones than the tokenizer allows are truncated.
+
+    Returns:
+        `list[list[dict]]`: for each text a list of `{"label": str, "score": float}`.
+
+    Raises:
+        ValueError: no text, a text without a single token, or a checkpoint that can't be used.
+    """
+    if not texts:
+        raise ValueError("`texts` must hold at least one text, got none")
+    model, tokenizer = load_checkpoint(checkpoint)
+    for text in texts:
+        if not tokenizer(text)["input_ids"]:
+            raise ValueError(f"`texts` must not hold a text without tokens, got {text!r}")
+    classify = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    return classify(list(texts), truncation=True, top_k=None)
+
+
+def check_output_dir(output_dir: Path, config: ExperimentConfig) -> None:
+    """Refuse a folder that holds anything but an unfinished or finished run of the same configuration.
+
+    Raises:
+        ValueError: a file in place of the folder, a folder with other content, or a run with other settings (the
+            message names them).
+    """
+    if output_dir.is_file():
+        raise ValueError(f"`output_dir` {str(output_dir)!r} is a file; choose a folder")
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return
+    if not (output_dir / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds something that is not a run of this program (no {CONFIG_FILE}); "
+            "choose an empty or a new folder"
+        )
+    found = load_experiment(output_dir / CONFIG_FILE).to_dict()
+    other = [name for name in differences(found, config.to_dict()) if name != "output_dir"]
+    if other:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds a run with other settings ({', '.join(other)}); choose another "
+            "folder, or remove this one"
+        )
+
+
+def build_model_and_tokenizer(config: ExperimentConfig, task: TaskData):
+    """The model (fresh, or from `model.checkpoint`) with a head for the labels of `task`, and its tokenizer."""
+    fields = dict(config.model)
+    checkpoint = fields.pop("checkpoint", None)
+    fields |= {
+        "problem_type": task.problem_type,
+        "id2label": dict(enumerate(task.label_names)),
+        "label2id": {name: index for index, name in enumerate(task.label_names)},
+    }
+    if checkpoint is not None:
+        return _load_backbone(checkpoint, fields), AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = build_tokenizer(
+        config.tokenizer.kind or task.tokenizer_kind,
+        model_max_length=config.tokenizer.max_length,
+        add_cls_token=config.tokenizer.add_cls_token,
+    )
+    fields = {"max_position_embeddings": config.tokenizer.max_length, **fields}
+    if fields["max_position_embeddings"] < config.tokenizer.max_length:
+        raise ValueError(
+            f"`model.max_position_embeddings` ({fields['max_position_embeddings']}) must be at least "
+            f"`tokenizer.max_length` ({config.tokenizer.max_length})"
+        )
+    model_config = HKTConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **fields)
+    return HKTForSequenceClassification(model_config), tokenizer
+
+
+def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
+    """`TrainingArguments` of an experiment: our defaults, the section `training`, and what the experiment fixes.
+
+    Raises:
+        ValueError: a value that `TrainingArguments` refuses.
+    """
+    on_gpu = torch.cuda.is_available()
+    values = {
+        **TRAINING_DEFAULTS,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": on_gpu,
+        **config.training,
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        **fixed,
+    }
+    try:
+        return TrainingArguments(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"section `training` is not valid: {error}") from error
+
+
+def tokenize(splits: datasets.DatasetDict, tokenizer, max_length: int) -> datasets.DatasetDict:
+    """Token ids, labels and lengths of all splits.
+
+    Raises:
+        ValueError: a text without a single token (the message names split and row).
+    """
+
+    def encode(batch: dict) -> dict:
+        input_ids = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)
+        return {**input_ids, "labels": batch["label"], "length": [len(ids) for ids in input_ids["input_ids"]]}
+
+    columns = splits["train"].column_names
+    encoded = splits.map(encode, batched=True, remove_columns=columns, desc="tokenizing")
+    for name, split in encoded.items():
+        lengths = split["length"][:]
+        if min(lengths) == 0:
+            raise ValueError(f"row {lengths.index(0)} of split {name!r} has a text without tokens")
+    return encoded
+
+
+def _load_backbone(checkpoint: str, fields: dict):
+    """Weights of a checkpoint under a head of the right size; only the head may differ from the file."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    for name, value in fields.items():
+        if not hasattr(config, name):
+            raise ValueError(f"`model.{name}` is no field of the configuration of {checkpoint!r}")
+        setattr(config, name, value)
+    config.validate()
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    prefix = f"{model.base_model_prefix}."
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    wrong = sorted(key for key in [*info["missing_keys"], *mismatched] if key.startswith(prefix))
+    if wrong:
+        raise ValueError(
+            f"checkpoint {checkpoint!r} does not fit the section `model`: {len(wrong)} weights are missing or have "
+            f"another shape, first {wrong[0]!r}"
+        )
+    return model
+
+
+def _experiment_file(checkpoint: str | Path) -> str:
+    folder = Path(checkpoint)
+    for candidate in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE):
+        if candidate.is_file():
+            return str(candidate)
+    found = (
+        None
+        if folder.is_dir()
+        else cached_file(str(checkpoint), CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
+    )
+    if found is None:
+        raise ValueError(f"checkpoint {str(checkpoint)!r} holds no {CONFIG_FILE}, so its data is not known")
+    return found
+
+
+def _check_labels(config, task: TaskData) -> None:
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    if names != list(task.label_names):
+        raise ValueError(f"the data has the labels {task.label_names}, the checkpoint {names}")
+
+
+def _plain_metrics(metrics: dict) -> dict:
+    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
+    return {key.removeprefix("eval_"): value for key, value in metrics.items() if key not in speed}
+
+
+def _training_in_words(trainer: Trainer) -> str:
+    args = trainer.args
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    return (
+        f"{trainer.state.global_step} steps of {batch} sequences, {args.optim}, learning rate {args.learning_rate:g} "
+        f"({getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}), weight decay {args.weight_decay:g}, "
+        f"{precision}"
+    )
+
+
+def _save_final(model, tokenizer, card: str, output_dir: Path) -> None:
+    """Write model, tokenizer and card into a hidden folder first, then move each file to its place."""
+    staging = output_dir / ".final"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    write_text(staging / "README.md", card)
+    for file in staging.iterdir():
+        os.replace(file, output_dir / file.name)
+    staging.rmdir()

@@ -1,0 +1,312 @@
+"""Training runs: from configuration to checkpoint, interruption, accumulation, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from hkt_hf import HKTConfig, HKTForSequenceClassification
+from hkt_hf.cli import main
+from hkt_hf.config import build_experiment
+from hkt_hf.training import EpochSeededLengthSampler, evaluate_checkpoint, predict, train
+
+
+TINY_MODEL = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 16,
+    "num_levels": 2,
+}
+TINY_LISTOPS = {
+    "task": "listops",
+    "listops": {"min_length": 5, "max_length": 24, "num_train": 96, "num_validation": 20, "num_test": 20},
+}
+
+
+def experiment(output_dir, **sections):
+    values = {
+        "output_dir": str(output_dir),
+        "model": TINY_MODEL,
+        "data": TINY_LISTOPS,
+        "tokenizer": {"max_length": 24},
+        "training": {
+            "per_device_train_batch_size": 16,
+            "max_steps": 8,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+        },
+    }
+    for name, section in sections.items():
+        values[name] = {**values[name], **section} if isinstance(section, dict) and name in values else section
+    return values
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("runs") / "listops"
+    report = train(build_experiment(experiment(output_dir)))
+    return output_dir, report
+
+
+def test_a_run_leaves_a_complete_checkpoint(finished_run):
+    output_dir, report = finished_run
+    names = {path.name for path in output_dir.iterdir()}
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "modeling_hkt.py", "README.md", "hkt.yaml"}
+    assert (
+        expected | {"curves.json", "curves.png", "metrics.json", "attention_hkt.py", "configuration_hkt.py"} <= names
+    )
+    assert not [name for name in names if name.startswith(".")]
+    assert report["steps"] == 8 and 0 <= report["test"]["accuracy"] <= 1
+    assert json.loads((output_dir / "metrics.json").read_text()) == report
+    assert report["environment"]["torch"] and report["environment"]["machine"]
+
+
+def test_curves_hold_every_logged_step(finished_run):
+    curves = json.loads((finished_run[0] / "curves.json").read_text())
+    assert [entry["step"] for entry in curves["train"]] == list(range(1, 9))
+    # The last two are the final validation and the test split.
+    assert [entry["step"] for entry in curves["validation"]][:2] == [4, 8]
+    assert all("accuracy" in entry for entry in curves["validation"])
+    with Image.open(finished_run[0] / "curves.png") as picture:
+        assert picture.size[0] > 600
+
+
+def test_the_card_says_what_was_done(finished_run):
+    output_dir, report = finished_run
+    card = (output_dir / "README.md").read_text()
+    for part in ("library_name: transformers", "listops", "| seed | 0 |", "trust_remote_code=True", "8 steps of 16"):
+        assert part in card
+    assert f"| test | accuracy | {report['test']['accuracy']:.4f} |" in card
+
+
+def test_the_checkpoint_loads_and_evaluates_as_reported(finished_run):
+    output_dir, report = finished_run
+    assert evaluate_checkpoint(output_dir)["accuracy"] == report["test"]["accuracy"]
+    assert evaluate_checkpoint(output_dir / "checkpoint-8")["accuracy"] == report["test"]["accuracy"]
+    assert evaluate_checkpoint(output_dir, split="validation")["accuracy"] == report["validation"]["accuracy"]
+    model = AutoModelForSequenceClassification.from_pretrained(output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    logits = model(**tokenizer(["[MAX 2 9 ]"], return_tensors="pt")).logits
+    (scores,) = predict(output_dir, ["[MAX 2 9 ]"])
+    assert scores[0]["label"] == model.config.id2label[logits.argmax().item()]
+    assert sum(score["score"] for score in scores) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_finished_run_is_returned_not_repeated(finished_run):
+    output_dir, report = finished_run
+    before = (output_dir / "model.safetensors").stat().st_mtime_ns
+    assert train(build_experiment(experiment(output_dir))) == report
+    assert (output_dir / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_with_another_run_or_other_things_is_refused(finished_run, tmp_path):
+    output_dir, _ = finished_run
+    with pytest.raises(ValueError, match=r"other settings \(model.num_levels, seed\)"):
+        train(build_experiment(experiment(output_dir, model={"num_levels": 1}, seed=3)))
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something that is not a run"):
+        train(build_experiment(experiment(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ValueError, match="is a file"):
+        train(build_experiment(experiment(tmp_path / "thesis.txt")))
+
+
+def write_csv(path, rows, header="text,label"):
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+@pytest.fixture
+def review_rows():
+    return [f"{'good' if i % 2 else 'bad'} film number {i},{'pos' if i % 2 else 'neg'}" for i in range(40)]
+
+
+def test_own_csv_data_trains_with_a_ten_line_config(tmp_path, review_rows):
+    write_csv(tmp_path / "reviews.csv", review_rows)
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        f"output_dir: {tmp_path}/run\n"
+        "model: {hidden_size: 16, num_attention_heads: 2, num_hidden_layers: 1, intermediate_size: 16}\n"
+        "tokenizer: {max_length: 64}\n"
+        f"data: {{task: text, path: {tmp_path}/reviews.csv}}\n"
+        "training: {max_steps: 3, per_device_train_batch_size: 8, disable_tqdm: true}\n"
+    )
+    assert main(["train", str(config)]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert model.config.label2id == {"neg": 0, "pos": 1}
+
+
+def test_regression_and_fine_tuning_from_a_checkpoint(tmp_path, finished_run):
+    rows = [f"[MAX {i % 7} {i % 3} ],{i % 7 / 2}" for i in range(40)]
+    write_csv(tmp_path / "scores.csv", rows)
+    report = train(
+        build_experiment(
+            experiment(
+                tmp_path / "run",
+                model={"checkpoint": str(finished_run[0]), **TINY_MODEL},
+                data={"task": "text", "path": str(tmp_path / "scores.csv")},
+            )
+        )
+    )
+    assert report["main_metric"] == "mse" and report["test"]["mse"] >= 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert model.config.num_labels == 1 and model.config.problem_type == "regression"
+    with pytest.raises(ValueError, match="does not fit"):
+        train(
+            build_experiment(
+                experiment(
+                    tmp_path / "other",
+                    model={"checkpoint": str(finished_run[0]), "num_levels": 3},
+                    data={"task": "text", "path": str(tmp_path / "scores.csv")},
+                )
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        (["a,0", "b,1"] * 8, "sentence,label", "text"),
+        ([], "text,label", "empty"),
+        (["a,0"] * 16, "text,label", "class"),
+        (["a,0", "b,7"] * 8, "text,label", "label"),
+    ],
+)
+def test_bad_data_stops_before_anything_is_written(tmp_path, rows, header, message):
+    write_csv(tmp_path / "data.csv", rows, header)
+    config = build_experiment(experiment(tmp_path / "run", data={"task": "text", "path": str(tmp_path / "data.csv")}))
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_position_table_shorter_than_the_inputs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`model.max_position_embeddings` \(8\) must be at least"):
+        train(build_experiment(experiment(tmp_path / "run", model={"max_position_embeddings": 8})))
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_line_reports_errors_without_a_traceback(capsys, tmp_path):
+    assert main(["train", "nowhere.yaml"]) == 1
+    assert main(["train", "listops-hkt-tiny", "--model.num_levls", "3"]) == 1
+    assert main(["train", "listops-hkt-tiny", "--model.hidden_size", "30"]) == 1
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert main(["predict", str(tmp_path / "none"), "text"]) == 1
+    errors = capsys.readouterr().err
+    assert "num_levls" in errors and "hidden_size" in errors and "Traceback" not in errors
+
+
+def test_command_line_evaluates_and_predicts(finished_run, capsys, tmp_path):
+    output_dir, report = finished_run
+    assert main(["evaluate", str(output_dir), "--out", str(tmp_path / "metrics.json")]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] == report["test"]["accuracy"]
+    assert main(["predict", str(output_dir), "[MIN 3 4 ]", "[MAX 1 1 ]", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["text"] for line in lines] == ["[MIN 3 4 ]", "[MAX 1 1 ]"]
+    assert {score["label"] for score in lines[0]["scores"]} == set("0123456789")
+
+
+def test_a_killed_run_continues_with_the_same_losses(tmp_path):
+    """SIGKILL in the middle of the second epoch; the resumed run logs what an uninterrupted one logs."""
+
+    def command(name):
+        config = tmp_path / f"{name}.yaml"
+        values = experiment(tmp_path / name, training={"max_steps": 40, "save_steps": 5, "eval_steps": 20})
+        config.write_text(json.dumps(values))
+        return [sys.executable, "-m", "hkt_hf.cli", "train", str(config)]
+
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    killed = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint-10" / "trainer_state.json").is_file():
+        assert killed.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    for name in ("killed", "whole"):
+        subprocess.run(command(name), env=environment, check=True, capture_output=True)
+
+    reports = {name: json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("killed", "whole")}
+    assert reports["killed"]["resumed"] and not reports["whole"]["resumed"]
+    losses = {}
+    for name in reports:
+        curves = json.loads((tmp_path / name / "curves.json").read_text())
+        losses[name] = [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in curves["train"]]
+    assert len(losses["whole"]) == 40
+    assert losses["killed"] == losses["whole"]
+    assert reports["killed"]["test"] == reports["whole"]["test"]
+
+
+def test_the_data_order_depends_on_seed_and_epoch_alone():
+    lengths = [3, 9, 4, 4, 8, 1, 2, 7, 5, 6] * 5
+
+    def order(seed, epoch):
+        sampler = EpochSeededLengthSampler(4, lengths, seed)
+        sampler.set_epoch(epoch)
+        torch.rand(epoch + seed)
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert sorted(order(0, 1)) == list(range(50))
+    assert order(0, 1) != order(0, 2) != order(1, 1)
+
+
+class _Recorder(TrainerCallback):
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+
+
+def test_gradient_accumulation_gives_the_same_first_step(tmp_path):
+    rows = torch.randint(5, 22, (8, 12)).tolist()
+    dataset = datasets.Dataset.from_dict({"input_ids": rows, "labels": [0, 1, 2, 3, 0, 1, 2, 3]})
+    results = {}
+    for accumulation in (1, 4):
+        torch.manual_seed(0)
+        model = HKTForSequenceClassification(HKTConfig(vocab_size=22, num_labels=4, hidden_dropout=0.0, **TINY_MODEL))
+        recorder = _Recorder()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / str(accumulation)),
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            logging_steps=1,
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[recorder])
+        trainer.train()
+        results[accumulation] = (trainer.state.log_history[0]["loss"], recorder.gradients[0])
+    assert results[1][0] == pytest.approx(results[4][0], abs=1e-4)
+    for once, accumulated in zip(results[1][1], results[4][1], strict=True):
+        torch.testing.assert_close(accumulated, once, rtol=1e-4, atol=1e-6)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    from hkt_hf.files import write_json
+
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["a.json"]
