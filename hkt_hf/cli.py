@@ -6,6 +6,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from huggingface_hub.errors import HfHubHTTPError
+
 from .files import write_json
 
 
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, OSError, HfHubHTTPError) as error:
         print(f"hkt {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -106,7 +108,11 @@ def _predict(options: argparse.Namespace, rest: list[str]) -> None:
 def _push(options: argparse.Namespace, rest: list[str]) -> None:
     from .hub import push_checkpoint
 
-    print(push_checkpoint(options.checkpoint, options.repo_id, private=options.private, revision=options.revision))
+    private = options.private or None
+    try:
+        print(push_checkpoint(options.checkpoint, options.repo_id, private=private, revision=options.revision))
+    except RuntimeError as error:
+        raise ConnectionError(f"the push broke off, the repository is as it was: {error}") from error
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from torch.utils.data import SequentialSampler
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -33,7 +34,7 @@ from .environment import environment
 from .files import write_json, write_text
 from .metrics import MAIN_METRIC, compute_metrics_for
 from .modeling import HKTConfig, HKTForSequenceClassification
-from .tokenization import build_tokenizer
+from .tokenization import build_tokenizer, encode_texts
 
 
 logger = logging.getLogger(__name__)
@@ -79,14 +80,21 @@ class EpochSeededLengthSampler(LengthGroupedSampler):
 
 
 class ExperimentTrainer(Trainer):
-    """The `Trainer`, with a data order that a resumed run repeats."""
+    """The `Trainer`, with a training order that a resumed run repeats and an evaluation in the order of the data.
+
+    [`tokenize`] sorts what is evaluated by length, so that a batch needs little padding.
+    """
 
     def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSeededLengthSampler(batch_size, list(dataset[self.args.length_column_name]), self.args.seed)
+        # `train_dataset` has lost the column of lengths already, as one that the model does not take.
+        lengths = self.train_dataset[self.args.length_column_name][:]
+        return EpochSeededLengthSampler(batch_size, lengths, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset)
 
 
 def train(config: ExperimentConfig) -> dict:
@@ -196,9 +204,11 @@ def evaluate_checkpoint(
     config = load_experiment(_experiment_file(checkpoint), overrides)
     task = load_data(config.data)
     _check_labels(model.config, task)
-    dataset = tokenize(task.splits.select_columns(["text", "label"]), tokenizer, config.tokenizer.max_length)[split]
-    arguments = training_arguments(config, output_dir=None)
-    trainer = Trainer(
+    dataset = tokenize(datasets.DatasetDict({split: task.splits[split]}), tokenizer, config.tokenizer.max_length)[
+        split
+    ]
+    arguments = training_arguments(config, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    trainer = ExperimentTrainer(
         model=model,
         args=arguments,
         processing_class=tokenizer,
@@ -240,7 +250,9 @@ def check_output_dir(output_dir: Path, config: ExperimentConfig) -> None:
     """
     if output_dir.is_file():
         raise ValueError(f"`output_dir` {str(output_dir)!r} is a file; choose a folder")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+    # A run that was killed while it wrote its first file leaves only that file's temporary name.
+    leftovers = f".{CONFIG_FILE}.*.tmp"
+    if not output_dir.is_dir() or all(path.match(leftovers) for path in output_dir.iterdir()):
         return
     if not (output_dir / CONFIG_FILE).is_file():
         raise ValueError(
@@ -305,22 +317,23 @@ def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
 
 
 def tokenize(splits: datasets.DatasetDict, tokenizer, max_length: int) -> datasets.DatasetDict:
-    """Token ids, labels and lengths of all splits.
+    """Token ids (`input_ids`), `labels` and `length` of all splits; validation and test with the longest first.
 
     Raises:
         ValueError: a text without a single token (the message names split and row).
     """
 
     def encode(batch: dict) -> dict:
-        input_ids = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)
-        return {**input_ids, "labels": batch["label"], "length": [len(ids) for ids in input_ids["input_ids"]]}
+        input_ids = encode_texts(tokenizer, batch["text"], max_length)
+        return {"input_ids": input_ids, "labels": batch["label"], "length": [len(ids) for ids in input_ids]}
 
-    columns = splits["train"].column_names
-    encoded = splits.map(encode, batched=True, remove_columns=columns, desc="tokenizing")
+    encoded = splits.map(encode, batched=True, remove_columns=["text", "label"], desc="tokenizing")
     for name, split in encoded.items():
         lengths = split["length"][:]
         if min(lengths) == 0:
             raise ValueError(f"row {lengths.index(0)} of split {name!r} has a text without tokens")
+        if name != "train":
+            encoded[name] = split.sort("length", reverse=True)
     return encoded
 
 

@@ -181,7 +181,7 @@ def test_regression_and_fine_tuning_from_a_checkpoint(tmp_path, finished_run):
     ("rows", "header", "message"),
     [
         (["a,0", "b,1"] * 8, "sentence,label", "text"),
-        ([], "text,label", "empty"),
+        ([], "text,label", "no examples"),
         (["a,0"] * 16, "text,label", "class"),
         (["a,0", "b,7"] * 8, "text,label", "label"),
     ],
@@ -215,7 +215,7 @@ def test_command_line_evaluates_and_predicts(finished_run, capsys, tmp_path):
     assert main(["evaluate", str(output_dir), "--out", str(tmp_path / "metrics.json")]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] == report["test"]["accuracy"]
     assert main(["predict", str(output_dir), "[MIN 3 4 ]", "[MAX 1 1 ]", "--json"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
     assert [line["text"] for line in lines] == ["[MIN 3 4 ]", "[MAX 1 1 ]"]
     assert {score["label"] for score in lines[0]["scores"]} == set("0123456789")
 
