@@ -105,11 +105,11 @@ class HKTConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     max_position_embeddings: int = interval(min=1)(default=512)
     pooling: Literal["mean", "cls", "last"] = "mean"
-    hidden_dropout: float | int = interval(min=0.0, max=1.0)(default=0.1)
-    attention_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
-    layer_norm_eps: float = interval(min=0.0)(default=1e-5)
-    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs):
@@ -143,8 +143,17 @@ class HKTConfig(PreTrainedConfig):
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
-        if self.classifier_dropout is not None and not 0.0 <= self.classifier_dropout <= 1.0:
-            raise ValueError(f"`classifier_dropout` must lie in [0, 1], got {self.classifier_dropout}")
+        # Not `interval(min=0.0)`: transformers 5.17 reads a lower bound of zero as none.
+        for name in (
+            "hidden_dropout",
+            "attention_dropout",
+            "classifier_dropout",
+            "layer_norm_eps",
+            "initializer_range",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {value}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"`pad_token_id` must lie in [0, vocab_size) = [0, {self.vocab_size}), got {self.pad_token_id}"
