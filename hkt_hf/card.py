@@ -34,7 +34,7 @@ _TEMPLATE = """---
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained("{location}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{location}")
+tokenizer = AutoTokenizer.from_pretrained("{location}"{trust})
 ```
 
 `{location}` stands for this folder or its repository on the Hub.{trust_note}
@@ -90,7 +90,10 @@ def build_card(
         results=_table(metrics),
         location=name,
         trust=", trust_remote_code=True" if is_hkt else "",
-        trust_note=" With the package `hkt_hf` imported, `trust_remote_code` is not needed." if is_hkt else "",
+        trust_note=" With the package `hkt_hf` imported, `trust_remote_code` is not "
+        "needed; the tokenizer has no code of its own, but transformers asks before it reads the model's configuration."
+        if is_hkt
+        else "",
     )
     return ModelCard(content)
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,11 +26,15 @@ def machine() -> str:
 
 
 def commit() -> str | None:
-    """Hash of the git commit this package was run from, or `None` where it was installed without its repository."""
+    """Git commit this package was run from, with `-dirty` where tracked files were changed since.
+
+    `None` where it was installed without its repository, or where git is not at hand.
+    """
     source = Path(__file__).resolve().parent.parent
-    if not (source / ".git").exists():
+    if not (source / ".git").exists() or shutil.which("git") is None:
         return None
-    result = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True)
+    command = ["git", "-C", str(source), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True)
     return result.stdout.strip() if result.returncode == 0 else None
 
 

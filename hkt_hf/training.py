@@ -150,7 +150,10 @@ def train(config: ExperimentConfig) -> dict:
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
+    trainer.remove_callback(CurvesCallback)
+    log_history = list(trainer.state.log_history)
 
+    # After the callback has gone: the curves are those of training and validation, not of the final measurements.
     results = {
         split: _plain_metrics(trainer.evaluate(splits[split], metric_key_prefix="eval"))
         for split in ("validation", "test")
@@ -166,7 +169,7 @@ def train(config: ExperimentConfig) -> dict:
         "environment": environment(),
     }
     if trainer.is_world_process_zero():
-        write_curves(trainer.state.log_history, output_dir, main_metric)
+        write_curves(log_history, output_dir, main_metric)
         card = build_card(
             trainer.model,
             name=output_dir.name,
@@ -390,9 +393,8 @@ def _training_in_words(trainer: Trainer) -> str:
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     return (
-        f"{trainer.state.global_step} steps of {batch} sequences, {args.optim}, learning rate {args.learning_rate:g} "
-        f"({getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}), weight decay {args.weight_decay:g}, "
-        f"{precision}"
+        f"{trainer.state.global_step} steps of {batch} sequences, {args.optim.value}, learning rate "
+        f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), weight decay {args.weight_decay:g}, {precision}"
     )
 
 

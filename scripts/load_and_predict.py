@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 checkpoint, *texts = sys.argv[1:]
 model = AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
 with torch.no_grad():
     probabilities = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits.softmax(-1)
 for text, row in zip(texts, probabilities, strict=True):
