@@ -384,8 +384,10 @@ def _check_labels(config, task: TaskData) -> None:
 
 
 def _plain_metrics(metrics: dict) -> dict:
-    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
-    return {key.removeprefix("eval_"): value for key, value in metrics.items() if key not in speed}
+    """Loss and metrics of an evaluation, without its speed."""
+    speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
+    names = {key: key.removeprefix("eval_") for key in metrics}
+    return {names[key]: value for key, value in metrics.items() if names[key] not in speed}
 
 
 def _training_in_words(trainer: Trainer) -> str:

@@ -78,6 +78,7 @@ def test_a_run_restores_from_what_it_wrote(tmp_path):
         (["--seed", "3"], {"seed": 3}),
         (["--training.learning_rate", "1e-3"], {"training": {"learning_rate": 0.001}}),
         (["--training.learning_rate=-2.5E-4"], {"training": {"learning_rate": -0.00025}}),
+        (["--training.eval_strategy", "no"], {"training": {"eval_strategy": "no"}}),
         (["--model.share_level_projections", "true"], {"model": {"share_level_projections": True}}),
         (
             ["--data.listops.max_length", "64", "--data.task", "listops"],
