@@ -1,25 +1,35 @@
 """Experiment configuration: YAML files with bases and overrides, checked before any work starts."""
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
 from .data import DataConfig
 from .modeling import HKTConfig
-from .presets import packaged_config, parse_yaml, read_yaml
+from .presets import check_keys, field_names, packaged_config, parse_yaml, read_yaml
 from .tokenization import TOKENIZER_KINDS
 
 
 # Set by the experiment itself; a second place for them could only contradict it.
-MANAGED_TRAINING_KEYS = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed"}
-MANAGED_MODEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type", "vocab_size", "pad_token_id")
+MANAGED_TRAINING_KEYS = {"output_dir": "`output_dir`", "seed": "`seed`", "data_seed": "`seed`"}
+# `TrainingArguments` checks neither these nor any type: the Trainer would fail with them in the middle of the work.
+POSITIVE_TRAINING_KEYS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+)
+MANAGED_MODEL_KEYS = {
+    **dict.fromkeys(("num_labels", "id2label", "label2id", "problem_type"), "the data"),
+    **dict.fromkeys(("vocab_size", "pad_token_id"), "the tokenizer"),
+}
 
 
 @dataclass
@@ -92,18 +102,21 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 def build_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     """Check nested plain values and turn them into an [`ExperimentConfig`]; errors as in [`load_experiment`]."""
-    _check_keys(values, [f.name for f in dataclasses.fields(ExperimentConfig)], prefix="")
+    check_keys(values, field_names(ExperimentConfig))
     if not values.get("output_dir"):
         raise ValueError("`output_dir` must be given: the folder that the run is written to")
     seed = values.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}")
     model = dict(_section(values, "model"))
-    _check_keys(model, ["checkpoint", *_field_names(HKTConfig)], prefix="model.", managed=MANAGED_MODEL_KEYS)
+    _check_not_managed(model, MANAGED_MODEL_KEYS, prefix="model.")
+    check_keys(model, ["checkpoint", *field_names(HKTConfig)], prefix="model.")
     if "checkpoint" not in model:
         _check_model(model)
     training = dict(_section(values, "training"))
-    _check_keys(training, _field_names(TrainingArguments), prefix="training.", managed=MANAGED_TRAINING_KEYS)
+    _check_not_managed(training, MANAGED_TRAINING_KEYS, prefix="training.")
+    check_keys(training, field_names(TrainingArguments), prefix="training.")
+    _check_training(training)
     return ExperimentConfig(
         output_dir=str(values["output_dir"]),
         seed=seed,
@@ -190,19 +203,10 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section
 
 
-def _field_names(cls) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.init]
-
-
-def _check_keys(values: Mapping[str, Any], known: Iterable[str], prefix: str, managed: Iterable[str] = ()) -> None:
-    known = set(known) - set(managed)
+def _check_not_managed(values: Mapping[str, Any], managed: Mapping[str, str], prefix: str) -> None:
     for key in values:
         if key in managed:
-            where = managed[key] if isinstance(managed, Mapping) else "the data and the tokenizer"
-            raise ValueError(f"`{prefix}{key}` can't be set: it follows from {where}")
-        if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown key `{prefix}{key}`; the nearest valid one is `{prefix}{nearest}`")
+            raise ValueError(f"`{prefix}{key}` can't be set: it follows from {managed[key]}")
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
@@ -212,9 +216,24 @@ def _check_model(model: Mapping[str, Any]) -> None:
         raise ValueError(f"section `model` is not valid: {error}") from error
 
 
+def _check_training(training: Mapping[str, Any]) -> None:
+    types = get_type_hints(TrainingArguments)
+    for key, value in training.items():
+        expected = types[key]
+        if float in (expected, *get_args(expected)):
+            expected = expected | int
+        try:
+            type_validator(key, value, expected)
+        except TypeError as error:
+            name = expected.__name__ if isinstance(expected, type) else expected
+            raise ValueError(f"`training.{key}` must be of type {name}, got {value!r}") from error
+        if key in POSITIVE_TRAINING_KEYS and not value > 0:
+            raise ValueError(f"`training.{key}` must be greater than 0, got {value!r}")
+
+
 def _build_dataclass(cls, values: Mapping[str, Any], prefix: str):
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    _check_keys(values, fields, prefix)
+    check_keys(values, fields, prefix)
     kwargs = {}
     for key, value in values.items():
         nested = fields[key].default_factory

@@ -1,7 +1,9 @@
 """YAML that ships with the package, and the model sizes among it."""
 
+import dataclasses
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -15,13 +17,29 @@ def preset(name: str, **overrides) -> HKTConfig:
 
     Args:
         name (`str`): `"hkt-tiny"`, `"hkt-small"` or `"hkt-base"`.
-        overrides: fields of [`HKTConfig`] to change.
+        overrides: fields of [`HKTConfig`] to change, `num_labels`, or `attn_implementation`.
 
     Raises:
         FileNotFoundError: unknown name (the message lists the known ones).
+        ValueError: an override that is no field (with the nearest one); bad values raise as in [`HKTConfig`].
     """
+    check_keys(overrides, [*field_names(HKTConfig), "num_labels", "attn_implementation"])
     values = read_yaml(packaged_config(f"models/{name}"))
     return HKTConfig(**{**values["model"], **overrides})
+
+
+def field_names(cls: type) -> list[str]:
+    """Names of the fields that a dataclass takes."""
+    return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def check_keys(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> None:
+    """Refuse a key that is not among `known`: ValueError with the nearest one; `prefix` names the section."""
+    known = list(known)
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key `{prefix}{key}`; the nearest valid one is `{prefix}{nearest}`")
 
 
 class _Loader(yaml.SafeLoader):

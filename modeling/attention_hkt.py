@@ -107,48 +107,51 @@ def hierarchical_scores(
         queries (sequence of `torch.Tensor`): `L` tensors `(B, H, T_l, p)`, fine to coarse.
         keys (sequence of `torch.Tensor`): likewise.
         level_weights (`torch.Tensor`): `(H, L)`. Rows are convex in HKT; the values are not checked.
-        scale (`float`, *optional*): positive factor of the scores, `p ** -0.5` by default.
+        scale (`float`, *optional*): factor of the scores, `p ** -0.5` by default.
 
     Returns:
         `torch.Tensor`: `(B, H, T, T)`, in the dtype of `queries`.
 
     Raises:
-        ValueError: `scale` not positive, or shapes that do not belong together (the message names the argument).
+        ValueError: shapes or dtypes that do not belong together (the message names the argument).
     """
     _check_levels(queries, keys, level_weights)
-    scale = _default_scale(queries, scale)
     length = queries[0].shape[-2]
+    weights = _factors(queries, level_weights, _default_scale(queries, scale))
     scores = None
-    for level, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        weight = (level_weights[:, level] * scale).to(query.dtype)
-        level_scores = weight[:, None, None] * (query @ key.transpose(-1, -2))
+    for level, (weight, query, key) in enumerate(zip(weights, queries, keys, strict=True)):
+        level_scores = (weight * query) @ key.transpose(-1, -2)
         level_scores = upsample(upsample(level_scores, level, length, dim=-2), level, length, dim=-1)
         scores = level_scores if scores is None else scores + level_scores
     return scores
 
 
 def lift(
-    queries: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], level_weights: torch.Tensor
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    level_weights: torch.Tensor,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lifted queries and keys, whose flat attention is hierarchical attention (the lifting identity, ours).
 
-    `query[i] = concat_l(level_weights[:, l] * queries[l][i // 2**l])`, `key[j] = concat_l(keys[l][j // 2**l])`, so
-    that `scale * query @ key^T` equals `hierarchical_scores(..., scale)`.
+    `query[i] = concat_l(scale * level_weights[:, l] * queries[l][i // 2**l])`,
+    `key[j] = concat_l(keys[l][j // 2**l])`, so that `query @ key^T` equals `hierarchical_scores(..., scale)`.
 
     Args:
         queries (sequence of `torch.Tensor`): `L` tensors `(B, H, T_l, p)`, fine to coarse.
         keys (sequence of `torch.Tensor`): likewise.
         level_weights (`torch.Tensor`): `(H, L)`.
+        scale (`float`, *optional*, defaults to 1.0): factor of the queries.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: query and key, each `(B, H, T, L * p)`.
 
     Raises:
-        ValueError: shapes that do not belong together (the message names the argument).
+        ValueError: shapes or dtypes that do not belong together (the message names the argument).
     """
     _check_levels(queries, keys, level_weights)
     length = queries[0].shape[-2]
-    weights = level_weights.to(queries[0].dtype)[:, :, None, None].unbind(dim=1)
+    weights = _factors(queries, level_weights, scale)
     weighted = [weight * query for weight, query in zip(weights, queries, strict=True)]
     query = torch.cat([upsample(blocks, level, length, dim=-2) for level, blocks in enumerate(weighted)], dim=-1)
     key = torch.cat([upsample(blocks, level, length, dim=-2) for level, blocks in enumerate(keys)], dim=-1)
@@ -177,7 +180,7 @@ def hierarchical_attention(
         key_padding_mask (`torch.Tensor`, *optional*): `(B, T)` bool, True = real. Padded keys get no weight; a query
             that sees no real key at all gets zeros.
         is_causal (`bool`, *optional*, defaults to `False`): a query sees no later key.
-        scale (`float`, *optional*): positive factor of the scores, `p ** -0.5` by default.
+        scale (`float`, *optional*): factor of the scores, `p ** -0.5` by default.
         dropout_p (`float`, *optional*, defaults to 0.0): dropout of the attention weights, applied whenever positive
             (as in `torch.nn.functional.scaled_dot_product_attention`).
         backend (`str`, *optional*, defaults to `"auto"`): `"eager"` forms the scores and is the reference; `"lifted"`
@@ -188,8 +191,8 @@ def hierarchical_attention(
         `torch.Tensor`: `(B, H, T, p)`.
 
     Raises:
-        ValueError: unknown backend, `dropout_p` outside [0, 1), `scale` not positive, or shapes and dtypes that do not
-            belong together (the message names the argument).
+        ValueError: unknown backend, `dropout_p` outside [0, 1), or shapes or dtypes that do not belong together (the
+            message names the argument).
     """
     _check_levels(queries, keys, level_weights)
     _check_value_and_mask(queries, value, key_padding_mask)
@@ -217,28 +220,35 @@ def _eager_backend(queries, keys, value, level_weights, key_padding_mask, is_cau
 
 
 def _lifted_backend(queries, keys, value, level_weights, key_padding_mask, is_causal, scale, dropout_p):
-    query, key = lift(queries, keys, level_weights)
+    query, key = lift(queries, keys, level_weights, scale)
     mask = None
     if key_padding_mask is not None and is_causal:
         # PyTorch takes a mask or `is_causal`, not both. The mask becomes one more feature of the scores instead of a
         # T x T matrix: large enough that the weight of a padded key underflows to zero, small enough to stay finite.
-        penalty = torch.finfo(key.dtype).min / (4.0 * max(scale, 1.0))
+        penalty = torch.finfo(key.dtype).min / 4.0
         bias = (~key_padding_mask).to(key.dtype)[:, None, :, None] * penalty
         query = F.pad(query, (0, 1), value=1.0)
         key = torch.cat([key, bias.expand(*key.shape[:-1], 1)], dim=-1)
     elif key_padding_mask is not None:
-        # A row without any real key attends everywhere, so that no kernel divides by zero; the caller zeroes it.
-        mask = (key_padding_mask | ~key_padding_mask.any(dim=1, keepdim=True))[:, None, None, :]
+        mask = broadcast_padding_mask(key_padding_mask)  # the caller zeroes the rows without a real key
     output = F.scaled_dot_product_attention(
         query,
         key,
         _widen(value, query.shape[-1]),
         attn_mask=mask,
         is_causal=is_causal,
-        scale=scale,
+        scale=1.0,
         dropout_p=dropout_p,
     )
     return output[..., : value.shape[-1]]
+
+
+def broadcast_padding_mask(key_padding_mask: torch.Tensor) -> torch.Tensor:
+    """`(B, T)` bool, True = real, as an attention mask `(B, 1, 1, T)` that no kernel has to expand.
+
+    A row without any real key attends everywhere, so that no kernel divides by zero.
+    """
+    return (key_padding_mask | ~key_padding_mask.any(dim=1, keepdim=True))[:, None, None, :]
 
 
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"eager": _eager_backend, "lifted": _lifted_backend}
@@ -276,14 +286,14 @@ def dispatch_attention(
         scores = hierarchical_scores(queries, keys, level_weights, scaling)
         output, weights = _attend(scores, value, attention_mask, dropout)
         return output.transpose(1, 2), weights
-    query, key = lift(queries, keys, level_weights)
+    query, key = lift(queries, keys, level_weights, scaling)
     output, weights = attention_interface(
         module,
         query,
         key,
         _widen(value, query.shape[-1]),
         attention_mask,
-        scaling=scaling,
+        scaling=1.0,
         dropout=dropout,
         **kwargs,
     )
@@ -311,11 +321,15 @@ def _widen(value: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _default_scale(queries: Sequence[torch.Tensor], scale: float | None) -> float:
-    if scale is None:
-        return queries[0].shape[-1] ** -0.5
-    if not scale > 0.0:
-        raise ValueError(f"`scale` must be positive, got {scale}")
-    return scale
+    return queries[0].shape[-1] ** -0.5 if scale is None else scale
+
+
+def _factors(queries, level_weights, scale: float) -> tuple[torch.Tensor, ...]:
+    """For each level `scale * level_weights[:, l]` as `(H, 1, 1)`: what its queries are multiplied by.
+
+    Queries, not scores: there are fewer of them, and scores in half precision would overflow before they are scaled.
+    """
+    return (level_weights * scale).to(queries[0].dtype)[:, :, None, None].unbind(dim=1)
 
 
 def _check_levels(queries, keys, level_weights) -> None:
@@ -324,6 +338,8 @@ def _check_levels(queries, keys, level_weights) -> None:
         raise ValueError("`queries` must hold at least one level, got none")
     if len(keys) != num_levels:
         raise ValueError(f"`keys` must hold as many levels as `queries`, got {len(keys)} and {num_levels}")
+    if queries[0].dim() != 4:
+        raise ValueError(f"`queries[0]` must have shape (batch, heads, length, width), got {tuple(queries[0].shape)}")
     batch_size, num_heads, length, width = queries[0].shape
     for level in range(num_levels):
         blocks = -(-length // 2**level)
@@ -334,6 +350,7 @@ def _check_levels(queries, keys, level_weights) -> None:
                     f"`{name}[{level}]` must have shape {expected} (ceil({length} / 2**{level}) = {blocks} blocks), "
                     f"got {tuple(tensors[level].shape)}"
                 )
+            _check_dtype(f"{name}[{level}]", tensors[level], queries[0].dtype)
     if tuple(level_weights.shape) != (num_heads, num_levels):
         raise ValueError(
             f"`level_weights` must have shape (heads, levels) = {(num_heads, num_levels)}, "
@@ -341,9 +358,15 @@ def _check_levels(queries, keys, level_weights) -> None:
         )
 
 
+def _check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"`{name}` must have the dtype of `queries[0]`, {dtype}, got {tensor.dtype}")
+
+
 def _check_value_and_mask(queries, value, key_padding_mask) -> None:
     if value.shape != queries[0].shape:
         raise ValueError(f"`value` must have shape {tuple(queries[0].shape)}, got {tuple(value.shape)}")
+    _check_dtype("value", value, queries[0].dtype)
     if key_padding_mask is None:
         return
     expected = (value.shape[0], value.shape[2])

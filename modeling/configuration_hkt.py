@@ -6,7 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils.type_validators import interval
 
 
@@ -49,7 +49,8 @@ class HKTConfig(PreTrainedConfig):
             position of its first token).
         rope_parameters (`dict`, *optional*):
             Parameters of the rotary embedding as everywhere in transformers: `rope_theta` (10000 by default),
-            `rope_type` and its options.
+            `rope_type` and its options. The whole head is rotated (no `partial_rotary_factor`). `None` with absolute
+            positions.
         max_position_embeddings (`int`, *optional*, defaults to 512):
             Longest sequence: the size of the position table, or what the rotary embedding is laid out for.
         pooling (`str`, *optional*, defaults to `"mean"`):
@@ -116,6 +117,8 @@ class HKTConfig(PreTrainedConfig):
         if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+        if self.position_embedding_type == "absolute":
+            self.rope_parameters = None
 
     def validate_architecture(self):
         """Check fields against each other; run by `@strict` when the config is made and when it is saved."""
@@ -131,6 +134,7 @@ class HKTConfig(PreTrainedConfig):
                 f"`head_dim` must be even with `position_embedding_type='rope'`, got {self.head_dim}; "
                 "choose another width or 'absolute'"
             )
+        self._validate_rope_type()
         if 2 ** (self.num_levels - 1) > self.max_position_embeddings:
             raise ValueError(
                 f"`num_levels` ({self.num_levels}) is too large: a block of the coarsest level covers "
@@ -157,6 +161,20 @@ class HKTConfig(PreTrainedConfig):
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"`pad_token_id` must lie in [0, vocab_size) = [0, {self.vocab_size}), got {self.pad_token_id}"
+            )
+
+    def _validate_rope_type(self):
+        if self.rope_parameters is None:
+            return
+        known = ["default", *ROPE_INIT_FUNCTIONS]
+        if self.rope_parameters["rope_type"] not in known:
+            raise ValueError(
+                f"`rope_parameters['rope_type']` must be one of {known}, got {self.rope_parameters['rope_type']!r}"
+            )
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "`rope_parameters['partial_rotary_factor']` must be 1.0 (the whole head is rotated), got "
+                f"{self.rope_parameters['partial_rotary_factor']}"
             )
 
 

@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_hkt import CausalDownsample, dispatch_attention
+from .attention_hkt import CausalDownsample, broadcast_padding_mask, dispatch_attention
 from .configuration_hkt import HKTConfig
 
 
@@ -121,12 +121,13 @@ class HKTAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.num_levels = config.num_levels
+        self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
 
-        width = config.num_attention_heads * self.head_dim
+        width = self.num_heads * self.head_dim
         num_projections = 1 if config.share_level_projections else self.num_levels
 
         def projections() -> nn.ModuleList:
@@ -142,7 +143,7 @@ class HKTAttention(nn.Module):
             CausalDownsample(config.hidden_size, config.downsample_kernel_size, config.downsample_type)
             for _ in range(self.num_levels - 1)
         )
-        self.level_logits = nn.Parameter(torch.zeros(config.num_attention_heads, self.num_levels))
+        self.level_logits = nn.Parameter(torch.zeros(self.num_heads, self.num_levels))
 
     def level_weights(self) -> torch.Tensor:
         """Convex weights of the levels, float32 `(H, L)`."""
@@ -156,7 +157,7 @@ class HKTAttention(nn.Module):
         return levels
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
@@ -260,11 +261,11 @@ class HKTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CausalDownsample):
             init.copy_(module.weight, module.mean_weight())
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in transformers; when the code travels along, `auto_map` names every class that the checkpoint serves."""
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class HKTModel(HKTPreTrainedModel):
@@ -327,8 +328,11 @@ class HKTModel(HKTPreTrainedModel):
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`, a token id outside the vocabulary, a sequence
                 longer than the position table, a mask of another shape or with a 0 before a 1 (left padding),
-                other position ids. Checks that read values are left out while compiling or tracing.
+                other position ids. While compiling or tracing the mask alone is checked for its values, by a
+                RuntimeError when the compiled code runs.
         """
+        if "is_causal" in kwargs:
+            raise ValueError(f"`is_causal` ({kwargs['is_causal']}) can't be given: this model is bidirectional")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds)
@@ -343,9 +347,7 @@ class HKTModel(HKTPreTrainedModel):
         else:
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = self.dropout(inputs_embeds)
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = self._attention_mask(hidden_states, attention_mask)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -354,6 +356,17 @@ class HKTModel(HKTPreTrainedModel):
                 **kwargs,
             )
         return HKTModelOutput(last_hidden_state=self.norm(hidden_states))
+
+    def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask that the chosen implementation takes."""
+        if self.config._attn_implementation != "sdpa":
+            return create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
+        # Not the library's mask, which has T x T entries for every row of the batch.
+        if attention_mask is None or (_values_can_be_read(attention_mask) and attention_mask.all()):
+            return None
+        return broadcast_padding_mask(attention_mask != 0)
 
 
 class HKTForSequenceClassification(HKTPreTrainedModel):
@@ -393,19 +406,20 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             labels (`torch.Tensor`, *optional*): int64 `(B,)` in `[0, num_labels)` (or -100 to ignore a row) for one
-                label, float `(B, num_labels)` for several labels, float `(B,)` or `(B, num_labels)` for regression.
+                label, `(B, num_labels)` in `[0, 1]` for several labels, `(B,)` or `(B, num_labels)` for regression.
 
         Returns:
             [`HKTSequenceClassifierOutput`]
 
         Raises:
-            ValueError: as [`HKTModel.forward`], or a label outside `[0, num_labels)`.
+            ValueError: as [`HKTModel.forward`], or labels of another shape or outside their range.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
@@ -413,11 +427,10 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
 
         loss = None
         if labels is not None:
-            if _is_single_label(self.config, labels):
-                _check_class_labels(labels, self.num_labels)
-            else:
-                labels = labels.to(logits.dtype)
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            # In float32 or wider: half precision would round the targets of a regression.
+            wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            labels = _check_labels(self.config, labels, wide_logits)
+            loss = self.loss_function(labels=labels, pooled_logits=wide_logits, config=self.config)
         return HKTSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -454,7 +467,10 @@ def _values_can_be_read(tensor: torch.Tensor) -> bool:
 
 
 def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds) -> None:
-    tokens = input_ids if input_ids is not None else inputs_embeds
+    name, tokens, rank = ("inputs_embeds", inputs_embeds, 3) if input_ids is None else ("input_ids", input_ids, 2)
+    if tokens.dim() != rank or tokens.shape[1] < 1:
+        shape = "(batch, length, hidden_size)" if rank == 3 else "(batch, length)"
+        raise ValueError(f"`{name}` must have shape {shape} with a length of at least 1, got {tuple(tokens.shape)}")
     batch_size, length = tokens.shape[:2]
     if config.position_embedding_type == "absolute" and length > config.max_position_embeddings:
         raise ValueError(
@@ -474,36 +490,60 @@ def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds
                 f"got {tuple(attention_mask.shape)}"
             )
         real = attention_mask != 0
-        if _values_can_be_read(real) and (real[:, 1:] & ~real[:, :-1]).any():
+        right_padded = ~(real[:, 1:] & ~real[:, :-1]).any()
+        message = (
+            "`attention_mask` must be right-padded (ones, then zeros): blocks of the coarser levels are counted from "
+            "the start of the row, so left padding or gaps would change the result; set "
+            "`tokenizer.padding_side = 'right'`"
+        )
+        if torch.compiler.is_compiling():
+            torch._assert_async(right_padded, message)
+        elif _values_can_be_read(real) and not right_padded:
+            raise ValueError(message)
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
             raise ValueError(
-                "`attention_mask` must be right-padded (ones, then zeros): blocks of the coarser levels are counted "
-                "from the start of the row, so left padding or gaps would change the result; set "
-                "`tokenizer.padding_side = 'right'`"
+                f"`position_ids` must have shape {(batch_size, length)} or {(1, length)}, "
+                f"got {tuple(position_ids.shape)}"
             )
-    if position_ids is not None and _values_can_be_read(position_ids):
-        expected = torch.arange(length, device=position_ids.device)
-        if position_ids.shape[-1] != length or (position_ids != expected).any():
+        counted = torch.arange(length, device=position_ids.device)
+        if _values_can_be_read(position_ids) and (position_ids != counted).any():
             raise ValueError(
                 f"`position_ids` must count 0 .. {length - 1} in every row: packed or shifted sequences are not "
                 "supported yet"
             )
 
 
-def _is_single_label(config: HKTConfig, labels: torch.Tensor) -> bool:
-    if config.problem_type is not None:
-        return config.problem_type == "single_label_classification"
-    return config.num_labels > 1 and labels.dtype in (torch.long, torch.int)
+def _check_labels(config: HKTConfig, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The labels in the dtype that the loss takes; ValueError where they do not fit `logits (B, num_labels)`."""
+    batch_size, num_labels = logits.shape
+    problem_type = config.problem_type
+    if problem_type is None:  # as the loss itself decides
+        integers = labels.dtype in (torch.long, torch.int)
+        problem_type = "single_label_classification" if integers else "multi_label_classification"
+        problem_type = "regression" if num_labels == 1 else problem_type
 
-
-def _check_class_labels(labels: torch.Tensor, num_labels: int) -> None:
-    if not _values_can_be_read(labels):
-        return
-    outside = ((labels < 0) | (labels >= num_labels)) & (labels != -100)
-    if outside.any():
+    one_a_row = problem_type == "single_label_classification" or (problem_type == "regression" and num_labels == 1)
+    shapes = [(batch_size,), (batch_size, 1)] if one_a_row else [(batch_size, num_labels)]
+    if tuple(labels.shape) not in shapes:
         raise ValueError(
-            f"`labels` must lie in [0, num_labels) = [0, {num_labels}), got {labels[outside][0].item()}; "
-            "set `num_labels` in the config"
+            f"`labels` must have shape {' or '.join(map(str, shapes))} for {problem_type} with `num_labels` = "
+            f"{num_labels}, got {tuple(labels.shape)}"
         )
+    if problem_type == "regression":
+        return labels.to(logits.dtype)
+    if problem_type == "multi_label_classification":
+        labels = labels.to(logits.dtype)
+        allowed, interval = (labels >= 0) & (labels <= 1), "[0, 1]"
+    elif labels.is_floating_point():
+        raise ValueError(f"`labels` must be integers for single_label_classification, got {labels.dtype}")
+    else:
+        labels = labels.long()
+        allowed = ((labels >= 0) & (labels < num_labels)) | (labels == -100)
+        interval = f"[0, num_labels) = [0, {num_labels})"
+    if _values_can_be_read(labels) and not allowed.all():
+        raise ValueError(f"`labels` must lie in {interval}, got {labels[~allowed][0].item()}")
+    return labels
 
 
 __all__ = ["HKTForSequenceClassification", "HKTModel", "HKTPreTrainedModel"]

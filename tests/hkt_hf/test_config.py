@@ -47,6 +47,8 @@ def test_hkt_small_is_what_the_experiments_use():
 
 
 def test_preset_overrides_and_unknown_names():
+    with pytest.raises(ValueError, match="`num_levles`; the nearest valid one is `num_levels`"):
+        preset("hkt-tiny", num_levles=1)
     assert preset("hkt-small", num_levels=1).num_levels == 1
     with pytest.raises(FileNotFoundError, match="hkt-huge"):
         preset("hkt-huge")
@@ -117,6 +119,9 @@ def test_bad_overrides(words):
             "`training.learning_rat`; the nearest valid one is `training.learning_rate`",
         ),
         ({"output_dir": "x", "training": {"seed": 1}}, "`training.seed` can't be set"),
+        ({"output_dir": "x", "training": {"learning_rate": "fast"}}, "`training.learning_rate` must be of type float"),
+        ({"output_dir": "x", "training": {"max_steps": 1.5}}, "`training.max_steps` must be of type int"),
+        ({"output_dir": "x", "training": {"per_device_train_batch_size": 0}}, "batch_size` must be greater than 0"),
         ({"output_dir": "x", "tokenizer": {"kind": "words"}}, "`tokenizer.kind`"),
         ({"output_dir": "x", "tokenizer": {"max_length": 0}}, "`tokenizer.max_length`"),
         ({"output_dir": "x", "data": {"tusk": "imdb"}}, "`data.tusk`; the nearest valid one is `data.task`"),

@@ -203,10 +203,14 @@ def test_command_line_reports_errors_without_a_traceback(capsys, tmp_path):
     assert main(["train", "nowhere.yaml"]) == 1
     assert main(["train", "listops-hkt-tiny", "--model.num_levls", "3"]) == 1
     assert main(["train", "listops-hkt-tiny", "--model.hidden_size", "30"]) == 1
+    new = ["--output_dir", str(tmp_path / "new")]
+    assert main(["train", "listops-hkt-tiny", "--training.eval_strategy", "sometimes", *new]) == 1
     assert main(["evaluate", str(tmp_path)]) == 1
     assert main(["predict", str(tmp_path / "none"), "text"]) == 1
     errors = capsys.readouterr().err
-    assert "num_levls" in errors and "hidden_size" in errors and "Traceback" not in errors
+    for word in ("num_levls", "hidden_size", "sometimes"):
+        assert word in errors
+    assert "Traceback" not in errors
 
 
 def test_command_line_evaluates_and_predicts(finished_run, capsys, tmp_path):
@@ -273,13 +277,23 @@ class _Recorder(TrainerCallback):
         self.gradients.append([parameter.grad.clone() for parameter in model.parameters()])
 
 
-def test_gradient_accumulation_gives_the_same_first_step(tmp_path):
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [
+        ("single_label_classification", [0, 1, 2, 3, 0, 1, 2, 3]),
+        ("multi_label_classification", [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]] * 4),
+        ("regression", [[0.5, -1.0, 2.0, 0.0], [3.0, 0.1, -0.2, 1.0]] * 4),
+    ],
+)
+def test_gradient_accumulation_gives_the_same_first_step(tmp_path, problem_type, labels):
     rows = torch.randint(5, 22, (8, 12)).tolist()
-    dataset = datasets.Dataset.from_dict({"input_ids": rows, "labels": [0, 1, 2, 3, 0, 1, 2, 3]})
+    dataset = datasets.Dataset.from_dict({"input_ids": rows, "labels": labels})
     results = {}
     for accumulation in (1, 4):
         torch.manual_seed(0)
-        model = HKTForSequenceClassification(HKTConfig(vocab_size=22, num_labels=4, hidden_dropout=0.0, **TINY_MODEL))
+        model = HKTForSequenceClassification(
+            HKTConfig(vocab_size=22, num_labels=4, problem_type=problem_type, hidden_dropout=0.0, **TINY_MODEL)
+        )
         recorder = _Recorder()
         arguments = TrainingArguments(
             output_dir=str(tmp_path / str(accumulation)),

@@ -6,12 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from hkt_hf import CausalDownsample, hierarchical_attention, hierarchical_scores, lift
+from hkt_hf.modeling.attention_hkt import _attend
 
 
 def make_inputs(length, num_levels, batch_size=2, num_heads=2, width=4, dtype=torch.float64, seed=0):
@@ -73,12 +74,13 @@ def test_the_product_of_lifted_queries_and_keys_is_the_score(length, num_levels)
     torch.testing.assert_close(query @ key.transpose(-1, -2), scores, rtol=0, atol=1e-12)
 
 
+@settings(max_examples=200)
 @given(
     length=st.integers(1, 130),
     num_levels=st.integers(1, 4),
     is_causal=st.booleans(),
     padded=st.booleans(),
-    scale=st.sampled_from([None, 0.1, 1.7]),
+    scale=st.sampled_from([None, 0.1, 1.7, -0.5]),
     precision=st.sampled_from([(torch.float64, 1e-12), (torch.float32, 1e-5)]),
     seed=st.integers(0, 1000),
 )
@@ -96,9 +98,10 @@ def test_lifted_equals_eager_in_outputs_and_gradients(length, num_levels, is_cau
 @pytest.mark.parametrize("num_levels", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 130])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_lifted_equals_eager_on_a_fixed_grid(num_levels, length, is_causal):
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_lifted_equals_eager_on_a_fixed_grid(num_levels, length, is_causal, scale):
     inputs = make_inputs(length, num_levels)
-    kwargs = {"is_causal": is_causal, "key_padding_mask": make_padding_mask(length)}
+    kwargs = {"is_causal": is_causal, "key_padding_mask": make_padding_mask(length), "scale": scale}
     for expected, actual in zip(
         output_and_gradients(inputs, backend="eager", **kwargs),
         output_and_gradients(inputs, backend="lifted", **kwargs),
@@ -135,6 +138,31 @@ def test_lifted_stays_finite_and_close_in_half_precision(dtype, is_causal):
     actual = hierarchical_attention(*half, key_padding_mask=mask, is_causal=is_causal, backend="lifted")
     assert actual.dtype == dtype and actual.isfinite().all()
     torch.testing.assert_close(actual.float(), expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("backend", ["eager", "lifted"])
+def test_large_scores_in_half_precision_are_scaled_before_they_overflow(backend):
+    query, value = torch.full((1, 1, 4, 64), 60.0), torch.ones(1, 1, 4, 64)
+    inputs = ([query.half()], [query.half()], value.half(), torch.ones(1, 1))
+    assert 64 * 60.0**2 > torch.finfo(torch.float16).max > 64 * 60.0**2 / 8
+    torch.testing.assert_close(hierarchical_attention(*inputs, backend=backend), value.half())
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_padding_does_not_leak_in_half_precision_whatever_the_scale(scale):
+    inputs = make_inputs(6, 2, dtype=torch.float32)
+    queries, keys, value, level_weights = inputs
+    mask = torch.arange(6).expand(2, 6) < 4
+    value = value.detach().masked_fill(~mask[:, None, :, None], 100.0)
+    half = ([q.half() for q in queries], [k.half() for k in keys], value.half(), level_weights)
+    output = hierarchical_attention(*half, key_padding_mask=mask, is_causal=True, scale=scale, backend="lifted")
+    assert output.abs().max() < 10
+
+
+def test_the_softmax_of_half_precision_scores_is_taken_in_float32():
+    scores, value = torch.randn(1, 1, 1, 4096).bfloat16(), torch.eye(4096)[None, None].bfloat16()
+    _, weights = _attend(scores, value, None, 0.0)
+    torch.testing.assert_close(weights, scores.float().softmax(-1).bfloat16(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["eager", "lifted"])
@@ -251,12 +279,14 @@ def bad_calls():
     mask = torch.ones(2, 8, dtype=torch.bool)
     yield "backend", (queries, keys, value, level_weights), {"backend": "fast"}
     yield "dropout_p", (queries, keys, value, level_weights), {"dropout_p": 1.0}
-    yield "scale", (queries, keys, value, level_weights), {"scale": -1.0}
     yield "queries", ([], keys, value, level_weights), {}
     yield "keys", (queries, keys[:1], value, level_weights), {}
     yield r"keys\[1\]", (queries, [keys[0], keys[0]], value, level_weights), {}
     yield r"queries\[1\]", ([queries[0], queries[1][:, :, :3]], keys, value, level_weights), {}
+    yield r"queries\[0\]", ([queries[0][0], queries[1][0]], keys, value, level_weights), {}
     yield "value", (queries, keys, value[:, :, :7], level_weights), {}
+    yield "value", (queries, keys, value.float(), level_weights), {}
+    yield r"keys\[1\]", (queries, [keys[0], keys[1].float()], value, level_weights), {}
     yield "level_weights", (queries, keys, value, level_weights[:, :1]), {}
     yield "key_padding_mask", (queries, keys, value, level_weights), {"key_padding_mask": mask[:, :5]}
     yield "key_padding_mask", (queries, keys, value, level_weights), {"key_padding_mask": mask.long()}

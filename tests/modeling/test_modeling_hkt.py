@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
@@ -98,8 +99,9 @@ def test_eager_and_sdpa_agree_with_gradients(positions, share, num_levels):
     pooling=st.sampled_from(["mean", "cls", "last"]),
     num_levels=st.integers(1, 4),
     kernel_size=st.integers(1, 3),
+    implementation=st.sampled_from(IMPLEMENTATIONS),
 )
-def test_right_padding_changes_nothing(lengths, padding, positions, pooling, num_levels, kernel_size):
+def test_right_padding_changes_nothing(lengths, padding, positions, pooling, num_levels, kernel_size, implementation):
     config = tiny_config(
         position_embedding_type=positions,
         pooling=pooling,
@@ -109,6 +111,7 @@ def test_right_padding_changes_nothing(lengths, padding, positions, pooling, num
     )
     torch.manual_seed(0)
     model = randomize(HKTForSequenceClassification(config))
+    model.set_attn_implementation(implementation)
     input_ids, attention_mask = right_padded_batch(lengths, max(lengths) + padding)
     with torch.no_grad():
         batch = model(input_ids, attention_mask=attention_mask).logits
@@ -126,6 +129,72 @@ def test_a_fully_padded_row_is_finite(implementation, pooling):
     output.loss.backward()
     assert output.logits.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_model_reaches_the_fused_cpu_kernel_and_forms_no_square_matrix(padded):
+    length = 1536
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = HKTModel(tiny_config(max_position_embeddings=length, **sizes))
+    input_ids, attention_mask = right_padded_batch([length, length - 500], length)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        output = model(input_ids, attention_mask=attention_mask if padded else None)
+        output.last_hidden_state.sum().backward()
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert "aten::_scaled_dot_product_attention_math" not in names
+    bytes_of_a_square_bool_mask = length * length
+    assert max(event.cpu_memory_usage for event in profiler.events()) < bytes_of_a_square_bool_mask
+
+
+def test_compiled_and_exported_models_refuse_left_padding_too():
+    model = randomize(HKTForSequenceClassification(tiny_config()))
+    input_ids, attention_mask = right_padded_batch([9, 4], 9)
+    exported = torch.export.export(model, (input_ids,), {"attention_mask": attention_mask}).module()
+    for run in (torch.compile(model, backend="eager", fullgraph=True), exported):
+        with torch.no_grad():
+            expected = model(input_ids, attention_mask=attention_mask).logits
+            torch.testing.assert_close(run(input_ids, attention_mask=attention_mask).logits, expected)
+        with pytest.raises(RuntimeError, match="`attention_mask` must be right-padded"):
+            run(input_ids, attention_mask=attention_mask.flip(1))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_order_of_tokens_matters(positions):
+    model = randomize(HKTForSequenceClassification(tiny_config(position_embedding_type=positions, num_levels=1)))
+    input_ids, _ = right_padded_batch([9], 9)
+    with torch.no_grad():
+        assert (model(input_ids).logits - model(input_ids.flip(1)).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_scaled_rotary_embeddings_are_used_and_saved(rope_type, tmp_path):
+    plain, scaled = (
+        randomize(HKTModel(tiny_config(rope_parameters=parameters)))
+        for parameters in (None, {"rope_type": rope_type, "factor": 4.0, "rope_theta": 10000.0})
+    )
+    input_ids, _ = right_padded_batch([20], 20)
+    scaled.save_pretrained(tmp_path)
+    with torch.no_grad():
+        output = scaled(input_ids)[0]
+        assert (plain(input_ids)[0] - output).abs().max() > 1e-2
+        assert torch.equal(AutoModel.from_pretrained(tmp_path)(input_ids)[0], output)
+    if rope_type == "yarn":
+        cos, sin = scaled.rotary_emb(output, torch.arange(20)[None])
+        torch.testing.assert_close((cos**2 + sin**2).sqrt().mean().item(), scaled.rotary_emb.attention_scaling)
+
+
+def test_fields_reach_the_layers_they_name():
+    torch.manual_seed(0)
+    model = HKTForSequenceClassification(
+        tiny_config(hidden_act="relu", layer_norm_eps=1e-3, hidden_dropout=0.2, classifier_dropout=0.3)
+    )
+    assert model.dropout.p == 0.3 and model.model.dropout.p == model.model.layers[0].dropout.p == 0.2
+    assert HKTForSequenceClassification(tiny_config(hidden_dropout=0.2)).dropout.p == 0.2
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 5 and all(norm.eps == 1e-3 for norm in norms)
+    assert isinstance(model.model.layers[0].mlp.act_fn, torch.nn.ReLU)
+    assert model.model.embed_tokens.weight[0].eq(0).all()
 
 
 def test_pooling_reads_what_it_says():
@@ -196,13 +265,31 @@ def test_outputs_are_recorded_on_request():
     assert plain.level_weights is None and plain.attentions is None and plain.hidden_states is None
     assert torch.equal(plain.logits, output.logits)
     assert torch.equal(model(input_ids, attention_mask=attention_mask, return_dict=False)[0], output.logits)
+    model.config.return_dict = False
+    assert torch.equal(model(input_ids, attention_mask=attention_mask)[0], output.logits)
 
 
-@pytest.mark.parametrize("num_labels", [1, 4])
-@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification", "single_label_classification"])
+def test_recording_can_be_asked_for_in_the_config_and_under_checkpointing(tmp_path):
+    config = tiny_config(output_level_weights=True, output_hidden_states=True)
+    HKTForSequenceClassification(config).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).train()
+    model.gradient_checkpointing_enable()
+    input_ids, _ = right_padded_batch([7], 7)
+    output = model(input_ids)
+    assert len(output.level_weights) == 2 and len(output.hidden_states) == 3
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels"),
+    [
+        ("regression", 1),
+        ("regression", 4),
+        ("multi_label_classification", 1),
+        ("multi_label_classification", 4),
+        ("single_label_classification", 4),
+    ],
+)
 def test_problem_types_and_their_losses(problem_type, num_labels):
-    if problem_type == "single_label_classification" and num_labels == 1:
-        pytest.skip("one class is no classification")
     model = randomize(HKTForSequenceClassification(tiny_config(num_labels=num_labels, problem_type=problem_type)))
     input_ids, attention_mask = right_padded_batch([6, 3], 6)
     labels = torch.randint(0, num_labels, (2, num_labels)) if num_labels > 1 else torch.tensor([1.0, 0.0])
@@ -217,6 +304,15 @@ def test_problem_types_and_their_losses(problem_type, num_labels):
         "single_label_classification": lambda x: torch.nn.functional.cross_entropy(x, labels),
     }[problem_type](output.logits)
     torch.testing.assert_close(output.loss, expected)
+
+
+def test_targets_of_a_regression_are_not_rounded_to_half_precision():
+    model = randomize(HKTForSequenceClassification(tiny_config(num_labels=1))).bfloat16()
+    input_ids, _ = right_padded_batch([6, 6], 6)
+    labels = torch.tensor([1000.7, -3333.3])
+    output = model(input_ids, labels=labels)
+    torch.testing.assert_close(output.loss, (output.logits.float().squeeze() - labels).square().mean())
+    assert model(input_ids, labels=torch.tensor([3, 4])).loss.dtype == torch.float32
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -276,13 +372,35 @@ def test_the_flat_twin_has_a_subset_of_the_parameters():
     assert set(flat) < set(deep)
 
 
-def test_dropout_only_in_training():
-    model = randomize(HKTForSequenceClassification(tiny_config(hidden_dropout=0.5, attention_dropout=0.5)))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("field", ["hidden_dropout", "attention_dropout", "classifier_dropout"])
+def test_each_dropout_works_alone_and_only_in_training(field, implementation):
+    fields = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0, field: 0.5}
+    model = randomize(HKTForSequenceClassification(tiny_config(**fields)))
+    model.set_attn_implementation(implementation)
     input_ids, _ = right_padded_batch([9], 9)
     with torch.no_grad():
         assert torch.equal(model(input_ids).logits, model(input_ids).logits)
         model.train()
         assert not torch.equal(model(input_ids).logits, model(input_ids).logits)
+
+
+def test_hidden_dropout_follows_embeddings_attention_and_feed_forward():
+    model = HKTModel(tiny_config(hidden_dropout=0.1, num_hidden_layers=1)).train()
+    inputs = []
+    for module in (model.dropout, model.layers[0].dropout):
+        module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    outputs = {}
+    for name, module in (("attention", model.layers[0].self_attn), ("feed-forward", model.layers[0].mlp)):
+        module.register_forward_hook(
+            lambda module, args, output, name=name: outputs.update(
+                {name: (output[0] if isinstance(output, tuple) else output).detach()}
+            )
+        )
+    input_ids, _ = right_padded_batch([9], 9)
+    model(input_ids)
+    expected = [model.embed_tokens(input_ids), outputs["attention"], outputs["feed-forward"]]
+    assert all(torch.equal(left, right) for left, right in zip(inputs, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -292,6 +410,8 @@ def test_half_precision_is_finite(dtype):
     output = model(input_ids, attention_mask=attention_mask, labels=torch.tensor([0, 2]))
     output.loss.backward()
     assert output.logits.dtype == dtype and output.logits.isfinite().all()
+    weights = model(input_ids, output_level_weights=True).level_weights
+    assert all(level_weights.dtype == torch.float32 for level_weights in weights)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
@@ -320,6 +440,8 @@ def test_input_embeddings_are_found():
         ("downsample_type", {"downsample_type": "mean"}),
         ("pooling", {"pooling": "max"}),
         ("position_embedding_type", {"position_embedding_type": "alibi"}),
+        ("rope_type", {"rope_parameters": {"rope_type": "spiral"}}),
+        ("partial_rotary_factor", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
         ("score_symmetry", {"score_symmetry": "psd"}),
         ("score_symmetry", {"score_symmetry": "symmetric"}),
         ("score_symmetry", {"score_symmetry": "odd"}),
@@ -335,6 +457,12 @@ def test_input_embeddings_are_found():
 def test_bad_configs_name_the_field(field, kwargs):
     with pytest.raises(Exception, match=field):
         tiny_config(**kwargs)
+
+
+def test_an_odd_head_is_possible_with_absolute_positions():
+    config = tiny_config(hidden_size=36, position_embedding_type="absolute")
+    assert config.head_dim == 9 and config.rope_parameters is None
+    assert HKTModel(config)(torch.tensor([[5, 6, 7]]))[0].shape == (1, 3, 36)
 
 
 def test_the_default_config_is_valid_and_of_bert_base_size():
@@ -360,6 +488,12 @@ def bad_calls():
     yield "`position_ids` must count", {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     yield r"`labels` must lie in \[0, num_labels\) = \[0, 3\), got 3", {"input_ids": ids, "labels": labels}
     yield r"`labels` .* got -1", {"input_ids": ids, "labels": torch.tensor([0, -1])}
+    yield r"`labels` must have shape \(2,\) or \(2, 1\)", {"input_ids": ids, "labels": torch.tensor([0, 1, 2])}
+    yield "`input_ids` must have shape", {"input_ids": ids[0]}
+    yield "`input_ids` .* length of at least 1", {"input_ids": ids[:, :0]}
+    yield "`inputs_embeds` must have shape", {"inputs_embeds": torch.ones(2, 6)}
+    yield "`position_ids` must have shape", {"input_ids": ids, "position_ids": torch.arange(6)}
+    yield "`is_causal`", {"input_ids": ids, "is_causal": True}
 
 
 @pytest.mark.parametrize(("message", "kwargs"), list(bad_calls()))
@@ -367,6 +501,28 @@ def test_bad_inputs_are_refused_before_any_work(message, kwargs):
     model = HKTForSequenceClassification(tiny_config())
     with pytest.raises(ValueError, match=message):
         model(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels", "message"),
+    [
+        ("multi_label_classification", torch.tensor([[0, 1, 5], [0, 0, 1]]), r"must lie in \[0, 1\], got 5"),
+        ("multi_label_classification", torch.tensor([0, 1]), r"must have shape \(2, 3\) for multi_label"),
+        ("regression", torch.tensor([0.5, 1.0]), r"must have shape \(2, 3\) for regression"),
+        ("single_label_classification", torch.tensor([0.0, 1.0]), "must be integers"),
+    ],
+)
+def test_labels_that_do_not_fit_the_problem_are_refused(problem_type, labels, message):
+    model = HKTForSequenceClassification(tiny_config(problem_type=problem_type))
+    with pytest.raises(ValueError, match=f"`labels` {message}"):
+        model(torch.randint(5, 40, (2, 6)), labels=labels)
+
+
+def test_int32_labels_are_class_labels():
+    model = HKTForSequenceClassification(tiny_config())
+    input_ids = torch.randint(5, 40, (2, 6))
+    labels = torch.tensor([0, 2])
+    assert torch.equal(model(input_ids, labels=labels.int()).loss, model(input_ids, labels=labels).loss)
 
 
 def test_sequences_longer_than_the_position_table():
