@@ -17,8 +17,15 @@ from .presets import check_keys, field_names, packaged_config, parse_yaml, read_
 from .tokenization import TOKENIZER_KINDS
 
 
-# Set by the experiment itself; a second place for them could only contradict it.
-MANAGED_TRAINING_KEYS = {"output_dir": "`output_dir`", "seed": "`seed`", "data_seed": "`seed`"}
+# Set by the experiment itself, with the reason; a second place for them could only contradict it.
+MANAGED_TRAINING_KEYS = {
+    "output_dir": "it follows from `output_dir`",
+    "seed": "it follows from `seed`",
+    "data_seed": "it follows from `seed`",
+    "length_column_name": "the data are tokenised here",
+    "resume_from_checkpoint": "a run continues from its own last checkpoint",
+    "push_to_hub": "use the command `hkt push`",
+}
 # `TrainingArguments` checks neither these nor any type: the Trainer would fail with them in the middle of the work.
 POSITIVE_TRAINING_KEYS = (
     "per_device_train_batch_size",
@@ -26,9 +33,10 @@ POSITIVE_TRAINING_KEYS = (
     "gradient_accumulation_steps",
     "num_train_epochs",
 )
+NOT_NEGATIVE_TRAINING_KEYS = ("learning_rate", "weight_decay", "dataloader_num_workers")
 MANAGED_MODEL_KEYS = {
-    **dict.fromkeys(("num_labels", "id2label", "label2id", "problem_type"), "the data"),
-    **dict.fromkeys(("vocab_size", "pad_token_id"), "the tokenizer"),
+    **dict.fromkeys(("num_labels", "id2label", "label2id", "problem_type"), "it follows from the data"),
+    **dict.fromkeys(("vocab_size", "pad_token_id"), "it follows from the tokenizer"),
 }
 
 
@@ -111,8 +119,9 @@ def build_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     model = dict(_section(values, "model"))
     _check_not_managed(model, MANAGED_MODEL_KEYS, prefix="model.")
     check_keys(model, ["checkpoint", *field_names(HKTConfig)], prefix="model.")
+    tokenizer = _build_dataclass(TokenizerConfig, _section(values, "tokenizer"), prefix="tokenizer.")
     if "checkpoint" not in model:
-        _check_model(model)
+        _check_model(model, tokenizer.max_length)
     training = dict(_section(values, "training"))
     _check_not_managed(training, MANAGED_TRAINING_KEYS, prefix="training.")
     check_keys(training, field_names(TrainingArguments), prefix="training.")
@@ -121,7 +130,7 @@ def build_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
         output_dir=str(values["output_dir"]),
         seed=seed,
         model=model,
-        tokenizer=_build_dataclass(TokenizerConfig, _section(values, "tokenizer"), prefix="tokenizer."),
+        tokenizer=tokenizer,
         data=_build_dataclass(DataConfig, _section(values, "data"), prefix="data."),
         training=training,
     )
@@ -148,6 +157,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         target = values
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ValueError(
+                    f"option --{option} needs a section {section!r}, which another option sets to a value"
+                )
         target[key] = parse_yaml(text, source=f"the value of --{option}")
     return values
 
@@ -170,8 +183,11 @@ def _read_with_bases(path: str | Path, seen: tuple[str, ...] = ()) -> dict[str, 
         raise ValueError(f"`base` goes round in circles: {' -> '.join((*seen, str(file)))}")
     values = read_yaml(file)
     bases = values.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"`base` of {file} must be a name or a list of names, got {bases!r}")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         beside = Path(str(file)).parent / base
         found = next((candidate for candidate in (beside, Path(f"{beside}.yaml")) if candidate.is_file()), base)
         merged = _merge(merged, _read_with_bases(found, (*seen, str(file))))
@@ -206,18 +222,24 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _check_not_managed(values: Mapping[str, Any], managed: Mapping[str, str], prefix: str) -> None:
     for key in values:
         if key in managed:
-            raise ValueError(f"`{prefix}{key}` can't be set: it follows from {managed[key]}")
+            raise ValueError(f"`{prefix}{key}` can't be set: {managed[key]}")
 
 
-def _check_model(model: Mapping[str, Any]) -> None:
+def _check_model(model: Mapping[str, Any], max_length: int) -> None:
     try:
-        HKTConfig(**model)
+        config = HKTConfig(**{"max_position_embeddings": max_length, **model})
     except StrictDataclassError as error:
         raise ValueError(f"section `model` is not valid: {error}") from error
+    if config.max_position_embeddings < max_length:
+        raise ValueError(
+            f"`model.max_position_embeddings` ({config.max_position_embeddings}) must be at least "
+            f"`tokenizer.max_length` ({max_length})"
+        )
 
 
 def _check_training(training: Mapping[str, Any]) -> None:
     types = get_type_hints(TrainingArguments)
+    metadata = {f.name: f.metadata for f in dataclasses.fields(TrainingArguments)}
     for key, value in training.items():
         expected = types[key]
         if float in (expected, *get_args(expected)):
@@ -229,6 +251,11 @@ def _check_training(training: Mapping[str, Any]) -> None:
             raise ValueError(f"`training.{key}` must be of type {name}, got {value!r}") from error
         if key in POSITIVE_TRAINING_KEYS and not value > 0:
             raise ValueError(f"`training.{key}` must be greater than 0, got {value!r}")
+        if key in NOT_NEGATIVE_TRAINING_KEYS and not value >= 0:
+            raise ValueError(f"`training.{key}` must be at least 0, got {value!r}")
+        choices = metadata[key].get("choices")
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"`training.{key}` must be one of {list(choices)}, got {value!r}")
 
 
 def _build_dataclass(cls, values: Mapping[str, Any], prefix: str):

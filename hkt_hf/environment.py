@@ -14,8 +14,12 @@ PACKAGES = ("hkt-hf", "torch", "transformers", "datasets", "accelerate", "evalua
 
 
 def environment() -> dict[str, object]:
-    """Versions of Python and of the packages, the machine, and the commit of the code where it is known."""
-    return {"python": platform.python_version(), **_package_versions(), "machine": machine(), "commit": commit()}
+    """What every result carries: `versions` of Python and of the packages, `machine`, and `commit` where known."""
+    return {
+        "versions": {"python": platform.python_version(), **_package_versions()},
+        "machine": machine(),
+        "commit": commit(),
+    }
 
 
 def machine() -> str:

@@ -66,10 +66,11 @@ class Regression(_LocalMetric):
         return {"mse": float(np.mean(error**2)), "mae": float(np.mean(np.abs(error)))}
 
 
-MAIN_METRIC = {
-    "single_label_classification": "accuracy",
-    "multi_label_classification": "f1_micro",
-    "regression": "mse",
+# What is measured, by problem type of transformers; the first is the one that tables and curves show.
+METRIC_NAMES = {
+    "single_label_classification": ("accuracy",),
+    "multi_label_classification": ("f1_micro", "exact_match"),
+    "regression": ("mse", "mae"),
 }
 
 
@@ -85,8 +86,8 @@ def compute_metrics_for(problem_type: str):
     Raises:
         ValueError: unknown problem type.
     """
-    if problem_type not in MAIN_METRIC:
-        raise ValueError(f"`problem_type` must be one of {sorted(MAIN_METRIC)}, got {problem_type!r}")
+    if problem_type not in METRIC_NAMES:
+        raise ValueError(f"`problem_type` must be one of {sorted(METRIC_NAMES)}, got {problem_type!r}")
     metric = {
         "single_label_classification": Accuracy,
         "multi_label_classification": MultiLabel,

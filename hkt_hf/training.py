@@ -32,7 +32,7 @@ from .curves import CurvesCallback, write_curves
 from .data import TaskData, load_data
 from .environment import environment
 from .files import write_json, write_text
-from .metrics import MAIN_METRIC, compute_metrics_for
+from .metrics import METRIC_NAMES, compute_metrics_for
 from .modeling import HKTConfig, HKTForSequenceClassification
 from .tokenization import build_tokenizer, encode_texts
 
@@ -124,6 +124,12 @@ def train(config: ExperimentConfig) -> dict:
     arguments = training_arguments(config)
     with state.main_process_first():
         task = load_data(config.data)
+    best_metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if best_metric not in ("loss", *METRIC_NAMES[task.problem_type]):
+        raise ValueError(
+            f"`training.metric_for_best_model` must be 'loss' or one of {METRIC_NAMES[task.problem_type]}, "
+            f"got {arguments.metric_for_best_model!r}"
+        )
     set_seed(config.seed)
     model, tokenizer = build_model_and_tokenizer(config, task)
     with state.main_process_first():
@@ -133,7 +139,7 @@ def train(config: ExperimentConfig) -> dict:
         write_text(output_dir / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
     state.wait_for_everyone()
 
-    main_metric = MAIN_METRIC[task.problem_type]
+    main_metric, *_ = METRIC_NAMES[task.problem_type]
     trainer = ExperimentTrainer(
         model=model,
         args=arguments,
@@ -166,7 +172,7 @@ def train(config: ExperimentConfig) -> dict:
         "resumed": checkpoint is not None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": config.seed,
-        "environment": environment(),
+        **environment(),
     }
     if trainer.is_world_process_zero():
         write_curves(log_history, output_dir, main_metric)
@@ -245,7 +251,7 @@ def predict(checkpoint: str | Path, texts: list[str]) -> list[list[dict]]:
 
 
 def check_output_dir(output_dir: Path, config: ExperimentConfig) -> None:
-    """Refuse a folder that holds anything but an unfinished or finished run of the same configuration.
+    """Refuse a folder that holds anything but a run of the same configuration, or one without any checkpoint yet.
 
     Raises:
         ValueError: a file in place of the folder, a folder with other content, or a run with other settings (the
@@ -253,9 +259,9 @@ def check_output_dir(output_dir: Path, config: ExperimentConfig) -> None:
     """
     if output_dir.is_file():
         raise ValueError(f"`output_dir` {str(output_dir)!r} is a file; choose a folder")
-    # A run that was killed while it wrote its first file leaves only that file's temporary name.
-    leftovers = f".{CONFIG_FILE}.*.tmp"
-    if not output_dir.is_dir() or all(path.match(leftovers) for path in output_dir.iterdir()):
+    # What a run leaves that ended before its first checkpoint: it is started afresh, with whatever settings.
+    leftovers = (CONFIG_FILE, f".{CONFIG_FILE}.*.tmp", "curves.json", "curves.png", ".curves.*.tmp")
+    if not output_dir.is_dir() or all(any(map(path.match, leftovers)) for path in output_dir.iterdir()):
         return
     if not (output_dir / CONFIG_FILE).is_file():
         raise ValueError(
@@ -288,11 +294,6 @@ def build_model_and_tokenizer(config: ExperimentConfig, task: TaskData):
         add_cls_token=config.tokenizer.add_cls_token,
     )
     fields = {"max_position_embeddings": config.tokenizer.max_length, **fields}
-    if fields["max_position_embeddings"] < config.tokenizer.max_length:
-        raise ValueError(
-            f"`model.max_position_embeddings` ({fields['max_position_embeddings']}) must be at least "
-            f"`tokenizer.max_length` ({config.tokenizer.max_length})"
-        )
     model_config = HKTConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **fields)
     return HKTForSequenceClassification(model_config), tokenizer
 

@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 from hkt_hf.config import load_experiment
 from hkt_hf.data import load_data
-from hkt_hf.environment import environment
 from hkt_hf.files import write_json
 from hkt_hf.training import evaluate_checkpoint, train
 
@@ -32,7 +30,6 @@ def majority_accuracy(config) -> float:
 
 def main() -> None:
     """Do everything; a second run reuses what is finished."""
-    started = time.perf_counter()
     configs = {arm: load_experiment(name) for arm, name in ARMS.items()}
     accuracies = {"majority": majority_accuracy(configs["hkt"])}
     reports = {}
@@ -53,11 +50,8 @@ def main() -> None:
             "command": "bash scripts/quickstart.sh",
             "config": {arm: config.to_dict() for arm, config in configs.items()},
             "parameters": {arm: report["parameters"] for arm, report in reports.items()},
-            "seconds": {
-                **{arm: report["seconds"] for arm, report in reports.items()},
-                "this_run": round(time.perf_counter() - started, 1),
-            },
-            "environment": environment(),
+            "seconds": {arm: report["seconds"] for arm, report in reports.items()},
+            **{key: reports["hkt"][key] for key in ("versions", "machine", "commit")},
         },
     )
     print("\n| model | parameters | seconds | test accuracy |\n| --- | --- | --- | --- |")

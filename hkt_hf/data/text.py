@@ -252,7 +252,7 @@ def labels_are_hidden(dataset: datasets.Dataset, column: str) -> bool:
 def encode_labels(splits: Mapping[str, datasets.Dataset], column: str, names: Sequence[str] | None = None) -> Labels:
     """Turn a label column into class ids, 0/1 vectors or numbers.
 
-    Its type decides. Integers and booleans: one class id a row; the ids are 0 to n-1. Strings: one class name a row;
+    Its type decides. Integers and booleans: one class a row, numbered 0 to n-1 or 1 to n. Strings: one class name a row;
     the names in `train` are sorted. Decimal numbers: regression. Lists: several labels a row, as 0/1 vectors of one
     length, as lists of names, or (where the dataset names its classes) as lists of class ids.
 
@@ -316,24 +316,24 @@ def _kind(arrow_type: pa.DataType, where: str) -> str:
 def _encode_integers(columns: Mapping[str, pa.ChunkedArray], column: str, names: Sequence[str] | None) -> Labels:
     values = {split: labels.to_numpy().astype(np.int64) for split, labels in columns.items()}
     present = np.unique(values["train"])
-    num_classes = len(names) if names is not None else int(present[-1]) + 1
+    first = 1 if names is None and present[0] == 1 else 0
+    last = int(present[-1]) if names is None else len(names) - 1
     for split, labels in values.items():
-        _check_range(labels, num_classes, f"column {column!r} of {split}")
-    if names is None and len(present) < num_classes:
-        missing = next(label for label in range(num_classes) if label not in present)
-        raise ValueError(
-            f"column {column!r} of train holds labels up to {num_classes - 1} but never {missing}: class ids must be 0 "
-            "to n-1 without a gap (for regression, write decimal numbers)"
-        )
-    return Labels(values, SINGLE_LABEL, list(names) if names else [str(label) for label in range(num_classes)])
-
-
-def _check_range(labels: np.ndarray, num_classes: int, where: str) -> None:
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if wrong.size:
-        raise ValueError(
-            f"{where} holds the label {labels[wrong[0]]} in row {wrong[0]}; labels must be 0 to {num_classes - 1}"
-        )
+        wrong = np.flatnonzero((labels < first) | (labels > last))
+        if wrong.size:
+            raise ValueError(
+                f"column {column!r} of {split} holds the label {labels[wrong[0]]} in row {wrong[0]}; labels must be "
+                f"{first} to {last}"
+            )
+    if names is None:
+        names = [str(label) for label in range(first, last + 1)]
+        if len(present) < len(names):
+            missing = next(label for label in range(first, last) if label not in present)
+            raise ValueError(
+                f"column {column!r} of train holds labels up to {last} but never {missing}: classes must be numbered "
+                "without a gap, 0 to n-1 or 1 to n (for regression, write decimal numbers)"
+            )
+    return Labels({split: labels - first for split, labels in values.items()}, SINGLE_LABEL, list(names))
 
 
 def _encode_strings(columns: Mapping[str, pa.ChunkedArray], column: str, names: Sequence[str] | None) -> Labels:

@@ -94,7 +94,7 @@ def test_overrides(words, expected):
     assert parse_overrides(words) == expected
 
 
-@pytest.mark.parametrize("words", [["seed", "3"], ["--seed"], ["-s", "3"]])
+@pytest.mark.parametrize("words", [["seed", "3"], ["--seed"], ["-s", "3"], ["--model", "3", "--model.a", "3"]])
 def test_bad_overrides(words):
     with pytest.raises(ValueError, match="option"):
         parse_overrides(words)
@@ -122,6 +122,11 @@ def test_bad_overrides(words):
         ({"output_dir": "x", "training": {"learning_rate": "fast"}}, "`training.learning_rate` must be of type float"),
         ({"output_dir": "x", "training": {"max_steps": 1.5}}, "`training.max_steps` must be of type int"),
         ({"output_dir": "x", "training": {"per_device_train_batch_size": 0}}, "batch_size` must be greater than 0"),
+        ({"output_dir": "x", "training": {"learning_rate": -1}}, "`training.learning_rate` must be at least 0"),
+        ({"output_dir": "x", "training": {"train_sampling_strategy": "sorted"}}, "sampling_strategy` must be one of"),
+        ({"output_dir": "x", "training": {"push_to_hub": True}}, "`training.push_to_hub` can't be set: use"),
+        ({"output_dir": "x", "model": {"num_levels": 5}, "tokenizer": {"max_length": 8}}, "num_levels"),
+        ({"output_dir": "x", "model": {"max_position_embeddings": 8}}, r"`model.max_position_embeddings` \(8\)"),
         ({"output_dir": "x", "tokenizer": {"kind": "words"}}, "`tokenizer.kind`"),
         ({"output_dir": "x", "tokenizer": {"max_length": 0}}, "`tokenizer.max_length`"),
         ({"output_dir": "x", "data": {"tusk": "imdb"}}, "`data.tusk`; the nearest valid one is `data.task`"),
@@ -136,7 +141,12 @@ def test_bad_values_name_the_key(values, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("model: [1, 2", "can't be read as YAML"), ("just text", "mapping"), ("base: run\noutput_dir: x", "circles")],
+    [
+        ("model: [1, 2", "can't be read as YAML"),
+        ("just text", "mapping"),
+        ("base: 3", "`base` .* got 3"),
+        ("base: run\noutput_dir: x", "circles"),
+    ],
 )
 def test_unreadable_files(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):

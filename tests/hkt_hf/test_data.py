@@ -201,6 +201,14 @@ def test_lists_of_names_or_ids_become_vectors(tmp_path):
     assert {tuple(row["label"]) for row in task.splits["train"]} == {(0, 0, 1), (1, 0, 1), (0, 0, 0)}
 
 
+def test_classes_may_be_numbered_from_one(tmp_path):
+    stars = write_jsonl(tmp_path / "stars.jsonl", [{"text": f"t{i}", "label": i % 5 + 1} for i in range(50)])
+    task = load(tmp_path, path=stars)
+    assert task.label_names == ["1", "2", "3", "4", "5"]
+    for row in task.splits["train"]:
+        assert task.label_names[row["label"]] == str(int(row["text"][1:]) % 5 + 1)
+
+
 # --- Errors ---
 
 
@@ -213,7 +221,7 @@ def test_lists_of_names_or_ids_become_vectors(tmp_path):
         ({3: {"text": "", "label": 1}}, "column 'text' of train holds an empty text in row 3"),
         ({4: {"text": "a", "label": None}}, "column 'label' of train holds a null in row 4"),
         ({i: {"text": i, "label": i % 2} for i in range(20)}, "must hold text, got int64"),
-        ({i: {"text": "a", "label": 1} for i in range(20)}, "up to 1 but never 0"),
+        ({i: {"text": "a", "label": 1} for i in range(20)}, "single class, '1'"),
         ({i: {"text": "a", "label": 0} for i in range(20)}, "single class, '0'"),
         ({i: {"text": "a", "label": {"x": 1}} for i in range(20)}, "got struct"),
         ({i: {"text": "a", "label": [0, 1, 2][: i % 3]} for i in range(20)}, "0/1 vectors"),

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from hkt_hf import HKTConfig, HKTForSequenceClassification
 from hkt_hf.cli import main
 from hkt_hf.config import build_experiment
-from hkt_hf.training import EpochSeededLengthSampler, evaluate_checkpoint, predict, train
+from hkt_hf.training import EpochSeededLengthSampler, check_output_dir, evaluate_checkpoint, predict, train
 
 
 TINY_MODEL = {
@@ -72,7 +72,7 @@ def test_a_run_leaves_a_complete_checkpoint(finished_run):
     assert not [name for name in names if name.startswith(".")]
     assert report["steps"] == 8 and 0 <= report["test"]["accuracy"] <= 1
     assert json.loads((output_dir / "metrics.json").read_text()) == report
-    assert report["environment"]["torch"] and report["environment"]["machine"]
+    assert report["versions"]["torch"] == torch.__version__ and report["machine"] and "commit" in report
 
 
 def test_curves_hold_every_logged_step(finished_run):
@@ -193,10 +193,18 @@ def test_bad_data_stops_before_anything_is_written(tmp_path, rows, header, messa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_position_table_shorter_than_the_inputs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`model.max_position_embeddings` \(8\) must be at least"):
-        train(build_experiment(experiment(tmp_path / "run", model={"max_position_embeddings": 8})))
+def test_an_unknown_metric_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"`training.metric_for_best_model` must be 'loss' or one of \('accuracy',\)"):
+        train(build_experiment(experiment(tmp_path / "run", training={"metric_for_best_model": "f1"})))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_any_checkpoint_gives_way_to_other_settings(tmp_path):
+    first = build_experiment(experiment(tmp_path, training={"dataloader_num_workers": 1, "optim_args": "nonsense"}))
+    with pytest.raises(ValueError):
+        train(first)
+    assert [path.name for path in tmp_path.iterdir()] == ["hkt.yaml"]
+    check_output_dir(tmp_path, build_experiment(experiment(tmp_path, seed=5)))
 
 
 def test_command_line_reports_errors_without_a_traceback(capsys, tmp_path):
