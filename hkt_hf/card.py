@@ -1,5 +1,7 @@
 """The model card of a trained checkpoint."""
 
+from pathlib import Path
+
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .environment import commit
@@ -42,7 +44,15 @@ tokenizer = AutoTokenizer.from_pretrained("{location}"{trust})
 
 
 def build_card(
-    model, *, name: str, data: str, task: str, seed: int, metrics: dict[str, dict], training: str
+    model,
+    *,
+    name: str,
+    data: str,
+    task: str,
+    seed: int,
+    metrics: dict[str, dict],
+    training: str,
+    base_model: str | None = None,
 ) -> ModelCard:
     """Write the card of a model from what was measured.
 
@@ -54,6 +64,8 @@ def build_card(
         seed (`int`): seed of the run.
         metrics (`dict[str, dict]`): measured values a split, e.g. `{"test": {"accuracy": 0.5}}`.
         training (`str`): steps, batch size and learning rate in words.
+        base_model (`str`, *optional*): folder or Hub id of the checkpoint that was fine-tuned. Its licence is not
+            known here, so the card then names none.
     """
     is_hkt = model.config.model_type == "hkt"
     revision = commit()
@@ -72,15 +84,19 @@ def build_card(
     card_data = ModelCardData(
         model_name=name,
         library_name="transformers",
-        license="apache-2.0",
+        license="apache-2.0" if base_model is None else None,
+        base_model=base_model if base_model is not None and not Path(base_model).exists() else None,
         pipeline_tag="text-classification",
         tags=REPOSITORY_TAGS if is_hkt else None,
         eval_results=results,
     )
+    architecture = _describe(model.config) if is_hkt else f"`{type(model).__name__}`."
+    if base_model is not None:
+        architecture += f" Fine-tuned from `{Path(base_model).name if Path(base_model).exists() else base_model}`."
     content = _TEMPLATE.format(
         card_data=card_data.to_yaml(),
         name=name,
-        architecture=_describe(model.config) if is_hkt else f"`{type(model).__name__}`, fine-tuned with hkt-hf.",
+        architecture=architecture,
         task=f"{task} ({model.config.problem_type})",
         data=data,
         seed=seed,

@@ -15,7 +15,13 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -65,8 +71,7 @@ def load_model(
         folder = folder / (kwargs.get("subfolder") or "")
         if kwargs.get("config") is None:
             read_config(folder)
-        for path in weight_files(folder):
-            check_safetensors(path)
+        check_weights(folder)
     try:
         # With `ignore_mismatched_sizes` other shapes are reported like missing weights instead of raising on their own.
         model, info = auto_class.from_pretrained(
@@ -105,17 +110,35 @@ def load_checkpoint(
         _check_has_tokenizer(folder / (kwargs.get("subfolder") or ""))
     model = load_model(checkpoint, auto_class, **kwargs)
     source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
+    return model, load_tokenizer(checkpoint, model.config, **source)
+
+
+def load_tokenizer(checkpoint: str | os.PathLike, config: PreTrainedConfig, **source) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model with the configuration `config`.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): a folder with a tokenizer, or the id of a model on the Hub.
+        config (`PreTrainedConfig`): says how many tokens the model has embeddings for.
+        source: handed on to `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: no such folder, or a folder without a tokenizer.
+        ValueError: a broken tokenizer, or one that knows more tokens than the model has embeddings.
+    """
+    folder = local_folder(checkpoint)
+    if folder is not None:
+        _check_has_tokenizer(folder / (source.get("subfolder") or ""))
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **source)
     except Exception as error:  # `tokenizers` raises bare `Exception` for a broken file.
         raise ValueError(f"the tokenizer of `checkpoint` {str(checkpoint)!r} cannot be loaded: {error}") from error
-    vocab_size = getattr(model.config, "vocab_size", None)
+    vocab_size = getattr(config, "vocab_size", None)
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer of `checkpoint` {str(checkpoint)!r} knows {len(tokenizer)} tokens, but the model has "
             f"embeddings for {vocab_size} (`vocab_size`): they do not belong together"
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -208,6 +231,12 @@ def weight_files(folder: Path) -> list[Path]:
     return shards
 
 
+def check_weights(folder: Path) -> None:
+    """Check that a checkpoint folder has its weights, whole; errors as in [`weight_files`] and [`check_safetensors`]."""
+    for path in weight_files(folder):
+        check_safetensors(path)
+
+
 def check_safetensors(path: Path) -> None:
     """Check that a safetensors file has a valid header and the length that the header tells; weights are not read.
 
@@ -281,8 +310,7 @@ def _checkpoint_folders(output_dir: Path) -> list[tuple[int, Path]]:
 
 def _check_resumable(folder: Path, step: int) -> None:
     read_config(folder)
-    for path in weight_files(folder):
-        check_safetensors(path)
+    check_weights(folder)
     for pattern in RESUME_FILES:
         if not any(folder.glob(pattern)):
             raise FileNotFoundError(f"{pattern} is missing")

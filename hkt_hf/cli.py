@@ -102,7 +102,10 @@ def _predict(options: argparse.Namespace, rest: list[str]) -> None:
             print(json.dumps({"text": text, "scores": scores}, ensure_ascii=False))
         else:
             shown = text if len(text) <= 60 else f"{text[:57]}..."
-            print(f"{scores[0]['label']}\t{scores[0]['score']:.4f}\t{shown}")
+            chosen = [score for score in scores if score["score"] > 0.5] or scores[:1]  # several for several labels
+            labels = ", ".join(score["label"] for score in chosen)
+            values = ", ".join(f"{score['score']:.4f}" for score in chosen)
+            print(f"{labels}\t{values}\t{shown}")
 
 
 def _push(options: argparse.Namespace, rest: list[str]) -> None:
@@ -111,7 +114,9 @@ def _push(options: argparse.Namespace, rest: list[str]) -> None:
     private = options.private or None
     try:
         print(push_checkpoint(options.checkpoint, options.repo_id, private=private, revision=options.revision))
-    except RuntimeError as error:
+    except (ValueError, OSError, HfHubHTTPError):
+        raise
+    except Exception as error:  # of the HTTP library, which is another one in each major version of huggingface_hub
         raise ConnectionError(f"the push broke off, the repository is as it was: {error}") from error
 
 

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
 from .data import DataConfig
+from .data.images import NUM_PIXELS
 from .modeling import HKTConfig
 from .presets import check_keys, field_names, packaged_config, parse_yaml, read_yaml
 from .tokenization import TOKENIZER_KINDS
@@ -25,6 +26,7 @@ MANAGED_TRAINING_KEYS = {
     "length_column_name": "the data are tokenised here",
     "resume_from_checkpoint": "a run continues from its own last checkpoint",
     "push_to_hub": "use the command `hkt push`",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command says what is done"),
 }
 # `TrainingArguments` checks neither these nor any type: the Trainer would fail with them in the middle of the work.
 POSITIVE_TRAINING_KEYS = (
@@ -32,8 +34,12 @@ POSITIVE_TRAINING_KEYS = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
 )
-NOT_NEGATIVE_TRAINING_KEYS = ("learning_rate", "weight_decay", "dataloader_num_workers")
+NOT_NEGATIVE_TRAINING_KEYS = ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers")
 MANAGED_MODEL_KEYS = {
     **dict.fromkeys(("num_labels", "id2label", "label2id", "problem_type"), "it follows from the data"),
     **dict.fromkeys(("vocab_size", "pad_token_id"), "it follows from the tokenizer"),
@@ -120,18 +126,25 @@ def build_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     _check_not_managed(model, MANAGED_MODEL_KEYS, prefix="model.")
     check_keys(model, ["checkpoint", *field_names(HKTConfig)], prefix="model.")
     tokenizer = _build_dataclass(TokenizerConfig, _section(values, "tokenizer"), prefix="tokenizer.")
-    if "checkpoint" not in model:
+    data = _build_dataclass(DataConfig, _section(values, "data"), prefix="data.")
+    checkpoint = model.pop("checkpoint", None)
+    if checkpoint is None:
         _check_model(model, tokenizer.max_length)
+        _check_tokenizer(tokenizer, data)
+    elif not isinstance(checkpoint, str) or not checkpoint:
+        raise ValueError(f"`model.checkpoint` must be a folder or a Hub id, got {checkpoint!r}")
+    else:
+        model["checkpoint"] = str(Path(checkpoint).expanduser()) if checkpoint.startswith("~") else checkpoint
     training = dict(_section(values, "training"))
     _check_not_managed(training, MANAGED_TRAINING_KEYS, prefix="training.")
     check_keys(training, field_names(TrainingArguments), prefix="training.")
     _check_training(training)
     return ExperimentConfig(
-        output_dir=str(values["output_dir"]),
+        output_dir=str(Path(str(values["output_dir"])).expanduser()),
         seed=seed,
         model=model,
         tokenizer=tokenizer,
-        data=_build_dataclass(DataConfig, _section(values, "data"), prefix="data."),
+        data=data,
         training=training,
     )
 
@@ -237,6 +250,26 @@ def _check_model(model: Mapping[str, Any], max_length: int) -> None:
         )
 
 
+def _check_tokenizer(tokenizer: TokenizerConfig, data: DataConfig) -> None:
+    """Refuse what would cut off or not know part of the generated expressions or of the images."""
+    pixels = data.task == "cifar10"
+    if tokenizer.kind is not None and (tokenizer.kind == "pixels") != pixels:
+        kinds = [kind for kind in TOKENIZER_KINDS if (kind == "pixels") == pixels]
+        raise ValueError(f"`tokenizer.kind` must be one of {kinds} for the task {data.task!r}, got {tokenizer.kind!r}")
+    if pixels:
+        longest = NUM_PIXELS
+    elif data.task == "listops" and tokenizer.kind in (None, "listops"):
+        longest = data.listops.max_length
+    else:
+        return
+    longest += tokenizer.add_cls_token
+    if tokenizer.max_length < longest:
+        raise ValueError(
+            f"`tokenizer.max_length` must be at least {longest}, the length of the inputs of {data.task!r}, got "
+            f"{tokenizer.max_length}: a shortened input would not have its label"
+        )
+
+
 def _check_training(training: Mapping[str, Any]) -> None:
     types = get_type_hints(TrainingArguments)
     metadata = {f.name: f.metadata for f in dataclasses.fields(TrainingArguments)}
@@ -249,7 +282,9 @@ def _check_training(training: Mapping[str, Any]) -> None:
         except TypeError as error:
             name = expected.__name__ if isinstance(expected, type) else expected
             raise ValueError(f"`training.{key}` must be of type {name}, got {value!r}") from error
-        if key in POSITIVE_TRAINING_KEYS and not value > 0:
+        if key == "max_steps" and value < 1 and value != -1:
+            raise ValueError(f"`training.max_steps` must be at least 1, or -1 to count epochs, got {value!r}")
+        if key in POSITIVE_TRAINING_KEYS and value is not None and not value > 0:
             raise ValueError(f"`training.{key}` must be greater than 0, got {value!r}")
         if key in NOT_NEGATIVE_TRAINING_KEYS and not value >= 0:
             raise ValueError(f"`training.{key}` must be at least 0, got {value!r}")

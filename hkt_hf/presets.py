@@ -55,6 +55,18 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FA
 _Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back unchanged: it quotes words that would be numbers."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text of nested plain values, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Read YAML text; `source` names it in the ValueError that bad text raises."""
     try:

@@ -10,23 +10,29 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-import yaml
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 from .card import build_card
-from .checkpoints import last_complete_checkpoint, load_checkpoint
+from .checkpoints import (
+    check_weights,
+    last_complete_checkpoint,
+    load_checkpoint,
+    load_tokenizer,
+    local_folder,
+    read_config,
+)
 from .config import ExperimentConfig, differences, load_experiment
 from .curves import CurvesCallback, write_curves
 from .data import TaskData, load_data
@@ -34,6 +40,7 @@ from .environment import environment
 from .files import write_json, write_text
 from .metrics import METRIC_NAMES, compute_metrics_for
 from .modeling import HKTConfig, HKTForSequenceClassification
+from .presets import dump_yaml
 from .tokenization import build_tokenizer, encode_texts
 
 
@@ -107,8 +114,8 @@ def train(config: ExperimentConfig) -> dict:
         config ([`ExperimentConfig`]): what to do.
 
     Returns:
-        `dict`: the content of `metrics.json`: metrics of the validation and of the test split, parameters, seconds,
-        versions and machine.
+        `dict`: the content of `metrics.json`: metrics of the validation and of the test split, parameters, seconds (of
+        the last session where the run was resumed), versions, machine and commit.
 
     Raises:
         ValueError: bad values in the configuration or in the data, or an output folder that holds something else.
@@ -136,20 +143,23 @@ def train(config: ExperimentConfig) -> dict:
         splits = tokenize(task.splits, tokenizer, config.tokenizer.max_length)
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_text(output_dir / CONFIG_FILE, dump_yaml(config.to_dict()))
     state.wait_for_everyone()
 
     main_metric, *_ = METRIC_NAMES[task.problem_type]
-    trainer = ExperimentTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics_for(task.problem_type),
-        callbacks=[CurvesCallback(output_dir, main_metric)],
-    )
+    try:
+        trainer = ExperimentTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=compute_metrics_for(task.problem_type),
+            callbacks=[CurvesCallback(output_dir, main_metric)],
+        )
+    except (RuntimeError, ImportError) as error:  # e.g. a tracker in `report_to` that is not installed
+        raise ValueError(f"section `training` can't be used here: {error}") from error
     checkpoint = last_complete_checkpoint(output_dir)
     if checkpoint is not None:
         logger.warning("continuing from %s", checkpoint)
@@ -178,7 +188,8 @@ def train(config: ExperimentConfig) -> dict:
         write_curves(log_history, output_dir, main_metric)
         card = build_card(
             trainer.model,
-            name=output_dir.name,
+            name=output_dir.resolve().name,
+            base_model=config.model.get("checkpoint"),
             data=task.description,
             task=config.data.task,
             seed=config.seed,
@@ -205,14 +216,17 @@ def evaluate_checkpoint(
         `dict`: loss and metrics.
 
     Raises:
-        ValueError: unknown split, a checkpoint that lacks weights or its configuration, or data with other labels.
+        ValueError: unknown split, an unfinished run, a checkpoint that lacks weights or its configuration, or data with
+            other labels.
     """
+    _check_finished(checkpoint)
     if split not in ("train", "validation", "test"):
         raise ValueError(f"`split` must be 'train', 'validation' or 'test', got {split!r}")
     model, tokenizer = load_checkpoint(checkpoint)
     config = load_experiment(_experiment_file(checkpoint), overrides)
     task = load_data(config.data)
     _check_labels(model.config, task)
+    logger.info("%s split of %s", split, task.description)
     dataset = tokenize(datasets.DatasetDict({split: task.splits[split]}), tokenizer, config.tokenizer.max_length)[
         split
     ]
@@ -242,10 +256,14 @@ def predict(checkpoint: str | Path, texts: list[str]) -> list[list[dict]]:
     """
     if not texts:
         raise ValueError("`texts` must hold at least one text, got none")
+    _check_finished(checkpoint)
     model, tokenizer = load_checkpoint(checkpoint)
     for text in texts:
-        if not tokenizer(text)["input_ids"]:
+        input_ids = tokenizer(text)["input_ids"]
+        if not input_ids:
             raise ValueError(f"`texts` must not hold a text without tokens, got {text!r}")
+        if tokenizer.unk_token_id in input_ids:
+            logger.warning("the tokenizer does not know every token of %r", text)
     classify = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
     return classify(list(texts), truncation=True, top_k=None)
 
@@ -259,18 +277,25 @@ def check_output_dir(output_dir: Path, config: ExperimentConfig) -> None:
     """
     if output_dir.is_file():
         raise ValueError(f"`output_dir` {str(output_dir)!r} is a file; choose a folder")
-    # What a run leaves that ended before its first checkpoint: it is started afresh, with whatever settings.
-    leftovers = (CONFIG_FILE, f".{CONFIG_FILE}.*.tmp", "curves.json", "curves.png", ".curves.*.tmp")
-    if not output_dir.is_dir() or all(any(map(path.match, leftovers)) for path in output_dir.iterdir()):
+    # A run that was killed while it wrote its first file leaves only that file's temporary name.
+    leftovers = f".{CONFIG_FILE}.*.tmp"
+    if not output_dir.is_dir() or all(path.match(leftovers) for path in output_dir.iterdir()):
         return
     if not (output_dir / CONFIG_FILE).is_file():
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} holds something that is not a run of this program (no {CONFIG_FILE}); "
             "choose an empty or a new folder"
         )
-    found = load_experiment(output_dir / CONFIG_FILE).to_dict()
+    try:
+        found = load_experiment(output_dir / CONFIG_FILE).to_dict()
+    except ValueError as error:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds a {CONFIG_FILE} of something else: {error}"
+        ) from error
     other = [name for name in differences(found, config.to_dict()) if name != "output_dir"]
-    if other:
+    # A run that ended before its first checkpoint gives way to other settings: there is nothing to lose.
+    before_checkpoint = (CONFIG_FILE, "curves.json", "curves.png", ".curves.*", leftovers)
+    if other and not all(any(map(path.match, before_checkpoint)) for path in output_dir.iterdir()):
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} holds a run with other settings ({', '.join(other)}); choose another "
             "folder, or remove this one"
@@ -287,7 +312,14 @@ def build_model_and_tokenizer(config: ExperimentConfig, task: TaskData):
         "label2id": {name: index for index, name in enumerate(task.label_names)},
     }
     if checkpoint is not None:
-        return _load_backbone(checkpoint, fields), AutoTokenizer.from_pretrained(checkpoint)
+        model = _load_backbone(checkpoint, fields)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and config.tokenizer.max_length > positions:
+            raise ValueError(
+                f"`tokenizer.max_length` must be at most {positions}, the `max_position_embeddings` of {checkpoint!r}, "
+                f"got {config.tokenizer.max_length}"
+            )
+        return model, load_tokenizer(checkpoint, model.config)
     tokenizer = build_tokenizer(
         config.tokenizer.kind or task.tokenizer_kind,
         model_max_length=config.tokenizer.max_length,
@@ -307,7 +339,7 @@ def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     values = {
         **TRAINING_DEFAULTS,
-        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "bf16": on_gpu and torch.cuda.is_bf16_supported() and not config.training.get("fp16", False),
         "dataloader_pin_memory": on_gpu,
         **config.training,
         "output_dir": config.output_dir,
@@ -316,7 +348,7 @@ def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
     }
     try:
         return TrainingArguments(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"section `training` is not valid: {error}") from error
 
 
@@ -343,15 +375,25 @@ def tokenize(splits: datasets.DatasetDict, tokenizer, max_length: int) -> datase
 
 def _load_backbone(checkpoint: str, fields: dict):
     """Weights of a checkpoint under a head of the right size; only the head may differ from the file."""
-    config = AutoConfig.from_pretrained(checkpoint)
-    for name, value in fields.items():
-        if not hasattr(config, name):
-            raise ValueError(f"`model.{name}` is no field of the configuration of {checkpoint!r}")
-        setattr(config, name, value)
-    config.validate()
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    folder = local_folder(checkpoint)
+    if folder is not None:
+        read_config(folder)
+        check_weights(folder)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+        for name, value in fields.items():
+            if not hasattr(config, name):
+                raise ValueError(f"`model.{name}` is no field of the configuration of {checkpoint!r}")
+            setattr(config, name, value)
+        config.validate()
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except StrictDataclassError as error:
+        raise ValueError(f"section `model` does not fit `model.checkpoint` {checkpoint!r}: {error}") from error
+    except OSError as error:
+        missing = "is no local folder and" if folder is None else ""
+        raise ValueError(f"`model.checkpoint` {checkpoint!r} {missing} can't be loaded: {error}") from error
     prefix = f"{model.base_model_prefix}."
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     wrong = sorted(key for key in [*info["missing_keys"], *mismatched] if key.startswith(prefix))
@@ -361,6 +403,15 @@ def _load_backbone(checkpoint: str, fields: dict):
             f"another shape, first {wrong[0]!r}"
         )
     return model
+
+
+def _check_finished(checkpoint: str | Path) -> None:
+    folder = Path(checkpoint)
+    if (folder / CONFIG_FILE).is_file() and not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} is an unfinished run: continue it with `hkt train`, or name one of its "
+            "checkpoint-N folders"
+        )
 
 
 def _experiment_file(checkpoint: str | Path) -> str:

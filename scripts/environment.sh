@@ -5,7 +5,7 @@ make_environment() {
     local python="${PYTHON:-python3}"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { echo "Python 3.10 or newer is needed; set PYTHON to one" >&2; return 1; }
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    [ -x .venv/bin/pip ] || "$python" -m venv .venv
     local wanted stamp=".venv/.installed${extra:+-$extra}"
     wanted=$(cat pyproject.toml scripts/constraints.txt | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then

@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from hkt_hf.config import build_experiment
-from hkt_hf.presets import parse_yaml
+from hkt_hf.config import load_experiment
+from hkt_hf.training import train
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,10 +29,15 @@ def test_python_snippets_print_what_they_say(tmp_path, monkeypatch):
         assert lines[-len(wanted) :] == wanted
 
 
-def test_the_yaml_example_is_valid():
+def test_the_yaml_example_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    config = build_experiment(parse_yaml(text, source="README.md"))
-    assert config.data.path == "reviews.csv"
+    Path("reviews.yaml").write_text(text)
+    rows = [f"a film of {i} minutes,{i % 5 + 1}" for i in range(60)]
+    Path("reviews.csv").write_text("\n".join(["review,stars", *rows]) + "\n")
+    overrides = ["--model.hidden_size", "16", "--model.intermediate_size", "16", "--training.disable_tqdm", "true"]
+    report = train(load_experiment("reviews.yaml", overrides))
+    assert report["steps"] == 6 and set(report["test"]) == {"loss", "accuracy"}
 
 
 def test_the_quickstart_table_is_the_measured_one():

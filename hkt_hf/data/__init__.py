@@ -109,10 +109,16 @@ def _load_listops(config: DataConfig, cache_dir: str | Path | None) -> TaskData:
 
 def _read(config: DataConfig, spec: TaskSpec, cache_dir: str | Path | None) -> tuple[dict[str, datasets.Dataset], str]:
     cache_dir = None if cache_dir is None else str(cache_dir)
+    splits, sources = {}, []
+    if config.train_file is None:
+        splits, source = read_path(config.path or spec.hub_id, config.subset, cache_dir)
+        sources.append(source)
     if config.files:
-        names = ", ".join(file if "://" in file else Path(file).name for file in config.files.values())
-        return read_files(config.files, cache_dir), f"files {names}"
-    return read_path(config.path or spec.hub_id, config.subset, cache_dir)
+        splits |= read_files(config.files, cache_dir)
+        sources.append(
+            "files " + ", ".join(file if "://" in file else Path(file).name for file in config.files.values())
+        )
+    return splits, ", ".join(sources)
 
 
 def _assign_splits(

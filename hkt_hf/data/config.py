@@ -59,9 +59,9 @@ class DataConfig:
             (`train.parquet`, `validation.parquet`, `test.parquet`), or one local file to train on; by default the
             task's dataset on the Hub. Files are CSV, TSV, JSON, JSON lines or parquet.
         subset (`str`, *optional*): name of a configuration of the Hub dataset, or of a folder in `path`.
-        train_file (`str`, *optional*): local file or URL to train on; instead of `path`.
-        validation_file (`str`, *optional*): local file or URL to validate on.
-        test_file (`str`, *optional*): local file or URL to test on.
+        train_file (`str`, *optional*): local file or URL to train on; then `path` is not read.
+        validation_file (`str`, *optional*): local file or URL to validate on, whatever `path` holds.
+        test_file (`str`, *optional*): local file or URL to test on, whatever `path` holds.
         text_column (`str`, *optional*): column of the input; by default `text`, for SST-2 `sentence` or `text`, for
             CIFAR-10 `pixels`, `img` or `image`.
         label_column (`str`, *optional*): column of the label; by default `label`.
@@ -119,8 +119,6 @@ class DataConfig:
                     )
         if self.task == "text" and self.path is None and self.train_file is None:
             raise ValueError("the task 'text' needs `data.path` (Hub id, folder or file) or `data.train_file`")
-        if self.train_file is None and (self.validation_file or self.test_file):
-            raise ValueError("`data.validation_file` and `data.test_file` need `data.train_file`")
         if self.train_file is not None and self.subset is not None:
             raise ValueError(f"`data.subset`={self.subset!r} belongs to `data.path`: it can't be used with files")
         if self.text_column is not None and self.text_column == self.label_column:
@@ -146,7 +144,7 @@ class DataConfig:
 
     @property
     def files(self) -> dict[str, str]:
-        """Files given by name, by split (`train`, `validation`, `test`); empty where `path` is to be read."""
+        """Files given by name, by split (`train`, `validation`, `test`)."""
         files = {
             "train": self.train_file,
             "validation": self.validation_file,

@@ -6,6 +6,7 @@ import pytest
 
 from hkt_hf import HKTConfig, HKTModel, preset
 from hkt_hf.config import build_experiment, differences, load_experiment, parse_overrides
+from hkt_hf.presets import dump_yaml, parse_yaml
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -66,6 +67,19 @@ def test_bases_merge_in_order_and_the_file_wins(tmp_path):
     assert (config.seed, config.data.task, config.data.seed, config.output_dir) == (3, "sst2", 5, "out")
 
 
+def test_text_that_looks_like_a_number_survives_writing(tmp_path):
+    values = {"a": "1e3", "b": "no", "c": "true", "d": 1e-05, "e": None, "f": "0x1F", "g": "12:30"}
+    assert parse_yaml(dump_yaml(values), source="dump") == values
+
+
+def test_a_home_folder_is_expanded():
+    values = {"output_dir": "~/run", "model": {"checkpoint": "~/other"}}
+    config = build_experiment(values)
+    assert config.output_dir == str(Path.home() / "run")
+    assert config.model["checkpoint"] == str(Path.home() / "other")
+    assert values["model"] == {"checkpoint": "~/other"}
+
+
 def test_a_run_restores_from_what_it_wrote(tmp_path):
     import yaml
 
@@ -124,6 +138,17 @@ def test_bad_overrides(words):
         ({"output_dir": "x", "training": {"per_device_train_batch_size": 0}}, "batch_size` must be greater than 0"),
         ({"output_dir": "x", "training": {"learning_rate": -1}}, "`training.learning_rate` must be at least 0"),
         ({"output_dir": "x", "training": {"train_sampling_strategy": "sorted"}}, "sampling_strategy` must be one of"),
+        ({"output_dir": "x", "training": {"max_steps": 0}}, "`training.max_steps` must be at least 1, or -1"),
+        ({"output_dir": "x", "training": {"eval_steps": 0}}, "`training.eval_steps` must be greater than 0"),
+        ({"output_dir": "x", "training": {"do_train": False}}, "`training.do_train` can't be set"),
+        ({"output_dir": "x", "model": {"checkpoint": 3}}, "`model.checkpoint` must be a folder or a Hub id, got 3"),
+        ({"output_dir": "x", "model": {"checkpoint": None, "num_levels": 0}}, "num_levels"),
+        ({"output_dir": "x", "tokenizer": {"kind": "pixels"}}, "`tokenizer.kind` must be one of .* got 'pixels'"),
+        ({"output_dir": "x", "tokenizer": {"max_length": 100}}, "`tokenizer.max_length` must be at least 128"),
+        (
+            {"output_dir": "x", "data": {"task": "cifar10"}, "tokenizer": {"max_length": 1024, "add_cls_token": True}},
+            "`tokenizer.max_length` must be at least 1025",
+        ),
         ({"output_dir": "x", "training": {"push_to_hub": True}}, "`training.push_to_hub` can't be set: use"),
         ({"output_dir": "x", "model": {"num_levels": 5}, "tokenizer": {"max_length": 8}}, "num_levels"),
         ({"output_dir": "x", "model": {"max_position_embeddings": 8}}, r"`model.max_position_embeddings` \(8\)"),

@@ -201,6 +201,15 @@ def test_lists_of_names_or_ids_become_vectors(tmp_path):
     assert {tuple(row["label"]) for row in task.splits["train"]} == {(0, 0, 1), (1, 0, 1), (0, 0, 0)}
 
 
+def test_a_test_file_replaces_that_split_of_a_path(tmp_path):
+    path = write_jsonl(tmp_path / "all.jsonl", rows(40))
+    test = write_jsonl(tmp_path / "test.jsonl", [{"text": f"new {i}", "label": i % 2} for i in range(7)])
+    task = load(tmp_path, path=path, test_file=test)
+    assert texts(task)["test"] == [f"new {i}" for i in range(7)]
+    assert len(task.splits["train"]) + len(task.splits["validation"]) == 40
+    assert "all.jsonl" in task.description and "test.jsonl" in task.description
+
+
 def test_classes_may_be_numbered_from_one(tmp_path):
     stars = write_jsonl(tmp_path / "stars.jsonl", [{"text": f"t{i}", "label": i % 5 + 1} for i in range(50)])
     task = load(tmp_path, path=stars)
@@ -302,7 +311,6 @@ def test_too_few_rows_to_cut(tmp_path):
         ({"task": "text"}, "needs `data.path`"),
         ({"task": "listops", "path": "x"}, "`data.path`='x' can't be used with the task 'listops'"),
         ({"task": "imdb", "path": 3}, "`data.path` must be a non-empty string"),
-        ({"task": "imdb", "test_file": "a.csv"}, "need `data.train_file`"),
         ({"task": "imdb", "train_file": "a.csv", "subset": "x"}, "`data.subset`"),
         ({"task": "imdb", "validation_fraction": 1.0}, "`data.validation_fraction` must be between 0 and 1"),
         ({"task": "imdb", "test_fraction": 0}, "`data.test_fraction`"),

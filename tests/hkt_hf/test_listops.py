@@ -12,7 +12,11 @@ from hkt_hf.data.listops import ListOpsConfig, evaluate, generate, load_listops
 
 
 SMALL = {"min_length": 8, "max_length": 40, "num_train": 60, "num_validation": 20, "num_test": 30}
-GOLDEN_SHA256 = "72062f9377811b188b5f93bef04c7a25b9606c7089de84b2a6d2126aeb60d41d"
+GOLDEN_SHA256 = {
+    "train": "05a95f220f8e5a39abccc8b5ca2f64c23ff228b63dc3af7f37c091aed59f515e",
+    "validation": "80f0185109ea196dcee4bde7a80eca04e4b7e53601e4b531572e1771e1fdadc5",
+    "test": "72062f9377811b188b5f93bef04c7a25b9606c7089de84b2a6d2126aeb60d41d",
+}
 
 
 def reference_value(tokens):
@@ -167,8 +171,9 @@ def test_test_split_does_not_depend_on_the_size_of_train(tmp_path):
 
 def test_files_are_the_same_everywhere(tmp_path):
     load_listops(ListOpsConfig(**SMALL), tmp_path)
-    (file,) = tmp_path.glob("listops-*/test.jsonl")
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == GOLDEN_SHA256
+    for split, digest in GOLDEN_SHA256.items():
+        (file,) = tmp_path.glob(f"listops-*/{split}.jsonl")
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
 
 
 def test_second_call_reads_the_cache(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clients import WITHOUT_PROJECT, run_python, tiny_config
+from clients import TEXTS, WITHOUT_PROJECT, run_python, tiny_config, tiny_tokenizer
 
 import hkt_hf
 from hkt_hf import HKTForSequenceClassification
@@ -46,7 +46,11 @@ check_is_remote(type(config))
 outputs = outputs_of(folder)
 model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
 model.save_pretrained(saved_again)
-torch.save({"config": type(config).__name__, "first": outputs, "again": outputs_of(saved_again)}, output)
+classify = transformers.pipeline("text-classification", model=folder, trust_remote_code=True)
+check_is_remote(type(classify.model))
+scores = classify(["h i e r a r c h y", "t r e e"], top_k=None)
+results = {"config": type(config).__name__, "first": outputs, "again": outputs_of(saved_again), "scores": scores}
+torch.save(results, output)
 """
 )
 
@@ -58,6 +62,8 @@ def loaded(tmp_path_factory):
     torch.manual_seed(0)
     model = HKTForSequenceClassification(tiny_config(initializer_range=0.5)).eval()
     model.save_pretrained(folder / "checkpoint")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "checkpoint")
     inputs = {
         "input_ids": torch.randint(1, 28, (2, 13)),
         "attention_mask": torch.tensor([[1] * 13, [1] * 6 + [0] * 7]),
@@ -74,11 +80,21 @@ def loaded(tmp_path_factory):
     )
     with torch.no_grad():
         expected = {"AutoModel": model.model(**inputs)[0], "AutoModelForSequenceClassification": model(**inputs)[0]}
+        expected["probabilities"] = [
+            model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1) for text in TEXTS
+        ]
     return torch.load(folder / "results.pt"), expected
 
 
 def test_config_loads(loaded):
     assert loaded[0]["config"] == "HKTConfig"
+
+
+def test_the_pipeline_gives_the_same_scores(loaded):
+    results, expected = loaded
+    for scores, probabilities in zip(results["scores"], expected["probabilities"], strict=True):
+        found = {score["label"]: score["score"] for score in scores}
+        assert [found[f"LABEL_{index}"] for index in range(3)] == pytest.approx(probabilities.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("saved", ["first", "again"], ids=["saved-here", "saved-from-remote-code"])
