@@ -2,6 +2,7 @@
 
 import copy
 
+import clients
 import pytest
 import torch
 from hypothesis import given
@@ -15,17 +16,7 @@ from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, HKTAttention, pool
 
 
 def tiny_config(**kwargs):
-    sizes = {
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "intermediate_size": 48,
-        "max_position_embeddings": 64,
-        "num_labels": 3,
-        "hidden_dropout": 0.0,
-    }
-    return HKTConfig(**{**sizes, **kwargs})
+    return clients.tiny_config(**{"vocab_size": 40, "hidden_dropout": 0.0, **kwargs})
 
 
 def randomize(model):
