@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hkt import CausalDownsample, broadcast_padding_mask, dispatch_attention
 from .configuration_hkt import HKTConfig
+from .layout_hkt import SequenceLayout, find_layout, values_can_be_read
 
 
 # What one repository serves: Auto class -> class of this file. Registered by `hkt_hf`, written into every checkpoint.
@@ -164,9 +165,15 @@ class HKTAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        layout: SequenceLayout | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Attend; returns the output `(B, T, d)`, weights `(B, H, T, T)` or `None`, and level weights `(H, L)`."""
+        """Attend; returns the output `(B, T, d)`, weights `(B, H, T, T)` or `None`, and level weights `(H, L)`.
+
+        With a `layout`, mask and position embeddings are those of its sequences.
+        """
+        if layout is not None:
+            hidden_states = layout.to_sequences(hidden_states)
         queries, keys = [], []
         for level, features in enumerate(self.levels(hidden_states)):
             projection = min(level, len(self.q_proj) - 1)
@@ -195,7 +202,11 @@ class HKTAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.o_proj(attn_output.flatten(2)), attn_weights, level_weights
+        attn_output = self.o_proj(attn_output.flatten(2))
+        if layout is not None:
+            attn_output = layout.to_rows(attn_output)
+            attn_weights = None if attn_weights is None else layout.weights_to_rows(attn_weights)
+        return attn_output, attn_weights, level_weights
 
 
 class HKTMLP(nn.Module):
@@ -227,12 +238,14 @@ class HKTLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        layout: SequenceLayout | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attn_output, *_ = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
+            layout=layout,
             **kwargs,
         )
         hidden_states = hidden_states + self.dropout(attn_output)
@@ -311,14 +324,18 @@ class HKTModel(HKTPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HKTModelOutput:
-        """Encode a batch of right-padded sequences.
+        """Encode a batch of sequences, padded on the right or on the left, or packed several to a row.
+
+        A sequence gives the same numbers wherever it lies: blocks of the coarser levels are counted from its first
+        token.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): token ids.
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real tokens, 0 for padding; in each
-                row all ones come first.
-            position_ids (`torch.LongTensor` of shape `(B, T)` or `(1, T)`, *optional*): must count 0, 1, 2, ... :
-                blocks of the coarser levels are counted from the start of the row.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real tokens, 0 for padding, on one
+                side of the batch.
+            position_ids (`torch.LongTensor` of shape `(B, T)` or `(1, T)`, *optional*): by default they count from the
+                first real token of a row. Where they restart at 0 a new sequence begins: packed sequences do not
+                attend to each other.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, d)`, *optional*): instead of `input_ids`.
             kwargs: `output_hidden_states`, `output_attentions` (eager only), `output_level_weights`, `return_dict`.
 
@@ -327,9 +344,9 @@ class HKTModel(HKTPreTrainedModel):
 
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`, a token id outside the vocabulary, a sequence
-                longer than the position table, a mask of another shape or with a 0 before a 1 (left padding),
-                other position ids. While compiling or tracing the mask alone is checked for its values, by a
-                RuntimeError when the compiled code runs.
+                longer than the position table, a mask of another shape, with gaps, or with padding on both sides,
+                position ids that neither count on nor restart at 0. Compiled code raises a RuntimeError for a mask
+                with gaps and for packed sequences, when it runs; it does not check token ids.
         """
         if "is_causal" in kwargs:
             raise ValueError(f"`is_causal` ({kwargs['is_causal']}) can't be given: this model is bidirectional")
@@ -338,33 +355,43 @@ class HKTModel(HKTPreTrainedModel):
         _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+        layout = find_layout(attention_mask, position_ids, *inputs_embeds.shape[:2])
+        length = inputs_embeds.shape[1] if layout is None else layout.mask.shape[1]
+        positions = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)  # of every sequence
 
         position_embeddings = None
         if self.config.position_embedding_type == "absolute":
-            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+            if length > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"the input has {length} tokens, more than `max_position_embeddings` "
+                    f"({self.config.max_position_embeddings}): truncate it, for instance with `truncation=True` in the "
+                    "tokenizer"
+                )
+            inputs_embeds = inputs_embeds + self.embed_positions(positions if layout is None else layout.positions())
         else:
-            position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+            position_embeddings = self.rotary_emb(inputs_embeds, positions)
         hidden_states = self.dropout(inputs_embeds)
-        mask = self._attention_mask(hidden_states, attention_mask)
+        mask = self._attention_mask(hidden_states, attention_mask if layout is None else layout.mask)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
+                layout=layout,
                 **kwargs,
             )
         return HKTModelOutput(last_hidden_state=self.norm(hidden_states))
 
     def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask that the chosen implementation takes."""
+        """The mask that the chosen implementation takes, from the `(S, M)` padding mask of the sequences."""
         if self.config._attn_implementation != "sdpa":
+            if attention_mask is not None:
+                hidden_states = hidden_states.new_empty(*attention_mask.shape, 1)  # its shape is what is read
             return create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )
         # Not the library's mask, which has T x T entries for every row of the batch.
-        if attention_mask is None or (_values_can_be_read(attention_mask) and attention_mask.all()):
+        if attention_mask is None or (values_can_be_read(attention_mask) and attention_mask.all()):
             return None
         return broadcast_padding_mask(attention_mask != 0)
 
@@ -401,7 +428,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HKTSequenceClassifierOutput:
-        """Classify a batch of right-padded sequences.
+        """Classify a batch of sequences, one a row.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
@@ -412,8 +439,9 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
             [`HKTSequenceClassifierOutput`]
 
         Raises:
-            ValueError: as [`HKTModel.forward`], or labels of another shape or outside their range.
+            ValueError: as [`HKTModel.forward`], packed sequences, or labels of another shape or outside their range.
         """
+        _refuse_packing(attention_mask, position_ids)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -441,29 +469,24 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
 
 
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """One vector a sequence, `(B, d)`, from `hidden_states (B, T, d)` and a right-padding mask `(B, T)`.
+    """One vector a sequence, `(B, d)`, from `hidden_states (B, T, d)` and a padding mask `(B, T)`.
 
     Args:
         hidden_states (`torch.Tensor`): `(B, T, d)`.
         attention_mask (`torch.Tensor`, *optional*): `(B, T)`, nonzero = real; `None` = all real.
-        pooling (`str`): `"mean"` over the real tokens (zeros where there are none), `"cls"`: the first token,
+        pooling (`str`): `"mean"` over the real tokens (zeros where there are none), `"cls"`: the first real token,
             `"last"`: the last real token.
     """
-    if pooling == "cls":
-        return hidden_states[:, 0]
     if attention_mask is None:
-        return hidden_states.mean(dim=1) if pooling == "mean" else hidden_states[:, -1]
+        return hidden_states.mean(dim=1) if pooling == "mean" else hidden_states[:, 0 if pooling == "cls" else -1]
     mask = attention_mask.to(hidden_states.device) != 0
     if pooling == "mean":
         count = mask.sum(dim=1, keepdim=True).clamp(min=1)
         return (hidden_states * mask.unsqueeze(-1)).sum(dim=1) / count
-    last = (mask.sum(dim=1) - 1).clamp(min=0)
-    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
-
-
-def _values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether a check may look at values: not on the meta device, not while a graph is recorded."""
-    return tensor.device.type != "meta" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    column = mask.long().argmax(dim=1)  # the first real token
+    if pooling == "last":
+        column = (column + mask.sum(dim=1) - 1).clamp(min=0)
+    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), column]
 
 
 def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds) -> None:
@@ -472,12 +495,7 @@ def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds
         shape = "(batch, length, hidden_size)" if rank == 3 else "(batch, length)"
         raise ValueError(f"`{name}` must have shape {shape} with a length of at least 1, got {tuple(tokens.shape)}")
     batch_size, length = tokens.shape[:2]
-    if config.position_embedding_type == "absolute" and length > config.max_position_embeddings:
-        raise ValueError(
-            f"the input has {length} tokens, more than `max_position_embeddings` ({config.max_position_embeddings}): "
-            "truncate it, for instance with `truncation=True` in the tokenizer"
-        )
-    if input_ids is not None and _values_can_be_read(input_ids):
+    if input_ids is not None and values_can_be_read(input_ids):
         outside = (input_ids < 0) | (input_ids >= config.vocab_size)
         if outside.any():
             raise ValueError(
@@ -489,29 +507,22 @@ def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds
                 f"`attention_mask` must have shape (batch, length) = {(batch_size, length)}, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        real = attention_mask != 0
-        right_padded = ~(real[:, 1:] & ~real[:, :-1]).any()
-        message = (
-            "`attention_mask` must be right-padded (ones, then zeros): blocks of the coarser levels are counted from "
-            "the start of the row, so left padding or gaps would change the result; set "
-            "`tokenizer.padding_side = 'right'`"
-        )
-        if torch.compiler.is_compiling():
-            torch._assert_async(right_padded, message)
-        elif _values_can_be_read(real) and not right_padded:
-            raise ValueError(message)
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
             raise ValueError(
                 f"`position_ids` must have shape {(batch_size, length)} or {(1, length)}, "
                 f"got {tuple(position_ids.shape)}"
             )
-        counted = torch.arange(length, device=position_ids.device)
-        if _values_can_be_read(position_ids) and (position_ids != counted).any():
-            raise ValueError(
-                f"`position_ids` must count 0 .. {length - 1} in every row: packed or shifted sequences are not "
-                "supported yet"
-            )
+
+
+def _refuse_packing(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+    if position_ids is None or not values_can_be_read(position_ids):
+        return
+    starts = position_ids == 0
+    if attention_mask is not None:
+        starts = starts & (attention_mask != 0)
+    if (starts.sum(dim=-1) > 1).any():
+        raise ValueError("`position_ids` restart within a row: packed sequences can't be pooled, give one a row")
 
 
 def _check_labels(config: HKTConfig, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -541,7 +552,7 @@ def _check_labels(config: HKTConfig, labels: torch.Tensor, logits: torch.Tensor)
         labels = labels.long()
         allowed = ((labels >= 0) & (labels < num_labels)) | (labels == -100)
         interval = f"[0, num_labels) = [0, {num_labels})"
-    if _values_can_be_read(labels) and not allowed.all():
+    if values_can_be_read(labels) and not allowed.all():
         raise ValueError(f"`labels` must lie in {interval}, got {labels[~allowed][0].item()}")
     return labels
 

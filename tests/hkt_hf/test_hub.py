@@ -128,6 +128,7 @@ EXPECTED_FILES = {
     "tokenizer_config.json",
     "attention_hkt.py",
     "configuration_hkt.py",
+    "layout_hkt.py",
     "modeling_hkt.py",
     "README.md",
     "config.yaml",

@@ -2,40 +2,17 @@
 
 import copy
 
-import clients
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import IMPLEMENTATIONS, POSITIONS, randomize, right_padded_batch, tiny_config
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from hkt_hf import HKTConfig, HKTForSequenceClassification, HKTModel
 from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, HKTAttention, pool
-
-
-def tiny_config(**kwargs):
-    return clients.tiny_config(**{"vocab_size": 40, "hidden_dropout": 0.0, **kwargs})
-
-
-def randomize(model):
-    """Large random parameters, so that no path hides behind a small or symmetric initial state."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
-
-
-def right_padded_batch(lengths, total, vocab_size=40):
-    input_ids = torch.randint(5, vocab_size, (len(lengths), total))
-    attention_mask = (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
-    return input_ids.masked_fill(attention_mask == 0, 0), attention_mask
-
-
-POSITIONS = ["absolute", "rope"]
-IMPLEMENTATIONS = ["eager", "sdpa"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -136,18 +113,6 @@ def test_the_model_reaches_the_fused_cpu_kernel_and_forms_no_square_matrix(padde
     assert "aten::_scaled_dot_product_attention_math" not in names
     bytes_of_a_square_bool_mask = length * length
     assert max(event.cpu_memory_usage for event in profiler.events()) < bytes_of_a_square_bool_mask
-
-
-def test_compiled_and_exported_models_refuse_left_padding_too():
-    model = randomize(HKTForSequenceClassification(tiny_config()))
-    input_ids, attention_mask = right_padded_batch([9, 4], 9)
-    exported = torch.export.export(model, (input_ids,), {"attention_mask": attention_mask}).module()
-    for run in (torch.compile(model, backend="eager", fullgraph=True), exported):
-        with torch.no_grad():
-            expected = model(input_ids, attention_mask=attention_mask).logits
-            torch.testing.assert_close(run(input_ids, attention_mask=attention_mask).logits, expected)
-        with pytest.raises(RuntimeError, match="`attention_mask` must be right-padded"):
-            run(input_ids, attention_mask=attention_mask.flip(1))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -464,19 +429,23 @@ def test_the_default_config_is_valid_and_of_bert_base_size():
 def bad_calls():
     ids = torch.randint(5, 40, (2, 6))
     mask = torch.ones(2, 6, dtype=torch.long)
-    left, hole = mask.clone(), mask.clone()
-    left[0, :2] = 0
+    hole, mixed, both = mask.clone(), mask.clone(), mask.clone()
     hole[0, 3] = 0
+    mixed[0, :2], mixed[1, 4:] = 0, 0
+    both[0, 0], both[0, 5] = 0, 0
     labels = torch.tensor([0, 3])
     yield "exactly one of `input_ids` and `inputs_embeds`", {}
     yield "exactly one of `input_ids` and `inputs_embeds`", {"input_ids": ids, "inputs_embeds": torch.ones(2, 6, 32)}
     yield r"`input_ids` must lie in \[0, vocab_size\) = \[0, 40\), got 40", {"input_ids": ids.clone().fill_(40)}
     yield r"`input_ids` .* got -1", {"input_ids": ids.clone().fill_(-1)}
-    yield "`attention_mask` must be right-padded", {"input_ids": ids, "attention_mask": left}
-    yield "`attention_mask` must be right-padded", {"input_ids": ids, "attention_mask": hole}
+    yield "`attention_mask` must have the ones of a row side by side", {"input_ids": ids, "attention_mask": hole}
+    yield "`attention_mask` must be padded on one side", {"input_ids": ids, "attention_mask": mixed}
+    yield "`attention_mask` must be padded on one side", {"input_ids": ids, "attention_mask": both}
     yield "`attention_mask` must have shape", {"input_ids": ids, "attention_mask": mask[:, :5]}
     yield "`attention_mask` must have shape", {"input_ids": ids, "attention_mask": torch.ones(2, 1, 6, 6)}
-    yield "`position_ids` must count", {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    yield "packed sequences can't be pooled", {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    yield "`position_ids` must count", {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 4, 5, 6]])}
+    yield "`position_ids` must count", {"input_ids": ids, "position_ids": torch.tensor([[1, 2, 3, 4, 5, 6]])}
     yield r"`labels` must lie in \[0, num_labels\) = \[0, 3\), got 3", {"input_ids": ids, "labels": labels}
     yield r"`labels` .* got -1", {"input_ids": ids, "labels": torch.tensor([0, -1])}
     yield r"`labels` must have shape \(2,\) or \(2, 1\)", {"input_ids": ids, "labels": torch.tensor([0, 1, 2])}
