@@ -5,7 +5,11 @@ import transformers
 from .modeling import (
     CausalDownsample,
     HKTConfig,
+    HKTForMaskedLM,
+    HKTForMultipleChoice,
+    HKTForQuestionAnswering,
     HKTForSequenceClassification,
+    HKTForTokenClassification,
     HKTModel,
     HKTPreTrainedModel,
     hierarchical_attention,
@@ -34,7 +38,11 @@ _register_auto_classes()
 __all__ = [
     "CausalDownsample",
     "HKTConfig",
+    "HKTForMaskedLM",
+    "HKTForMultipleChoice",
+    "HKTForQuestionAnswering",
     "HKTForSequenceClassification",
+    "HKTForTokenClassification",
     "HKTModel",
     "HKTPreTrainedModel",
     "hierarchical_attention",

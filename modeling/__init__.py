@@ -2,13 +2,25 @@
 
 from .attention_hkt import CausalDownsample, hierarchical_attention, hierarchical_scores, lift
 from .configuration_hkt import HKTConfig
-from .modeling_hkt import HKTForSequenceClassification, HKTModel, HKTPreTrainedModel
+from .modeling_hkt import (
+    HKTForMaskedLM,
+    HKTForMultipleChoice,
+    HKTForQuestionAnswering,
+    HKTForSequenceClassification,
+    HKTForTokenClassification,
+    HKTModel,
+    HKTPreTrainedModel,
+)
 
 
 __all__ = [
     "CausalDownsample",
     "HKTConfig",
+    "HKTForMaskedLM",
+    "HKTForMultipleChoice",
+    "HKTForQuestionAnswering",
     "HKTForSequenceClassification",
+    "HKTForTokenClassification",
     "HKTModel",
     "HKTPreTrainedModel",
     "hierarchical_attention",

@@ -68,6 +68,8 @@ class HKTConfig(PreTrainedConfig):
             Standard deviation of the initial weights.
         pad_token_id (`int`, *optional*, defaults to 0):
             Token id of padding.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the language-model head uses the token embeddings.
 
     Raises:
         StrictDataclassFieldValidationError: a field of the wrong type or outside its range.
@@ -112,6 +114,7 @@ class HKTConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:

@@ -11,7 +11,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -27,7 +34,11 @@ from .layout_hkt import SequenceLayout, find_layout, values_can_be_read
 # What one repository serves: Auto class -> class of this file. Registered by `hkt_hf`, written into every checkpoint.
 AUTO_CLASSES = {
     "AutoModel": "HKTModel",
+    "AutoModelForMaskedLM": "HKTForMaskedLM",
+    "AutoModelForMultipleChoice": "HKTForMultipleChoice",
+    "AutoModelForQuestionAnswering": "HKTForQuestionAnswering",
     "AutoModelForSequenceClassification": "HKTForSequenceClassification",
+    "AutoModelForTokenClassification": "HKTForTokenClassification",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_hkt.HKTConfig",
@@ -53,14 +64,36 @@ class HKTModelOutput(BaseModelOutput):
 
 
 @dataclass
-class HKTSequenceClassifierOutput(SequenceClassifierOutput):
-    """Output of [`HKTForSequenceClassification`].
+class HKTMaskedLMOutput(MaskedLMOutput):
+    """Output of [`HKTForMaskedLM`]: that of transformers, and `level_weights` as in [`HKTModelOutput`]."""
 
-    Args:
-        loss (`torch.Tensor` of shape `()`, with `labels`): classification or regression loss.
-        logits (`torch.Tensor` of shape `(B, num_labels)`): scores before softmax or sigmoid.
-        hidden_states, attentions, level_weights: as in [`HKTModelOutput`].
-    """
+    level_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class HKTSequenceClassifierOutput(SequenceClassifierOutput):
+    """Output of [`HKTForSequenceClassification`]: that of transformers, and `level_weights` as in [`HKTModelOutput`]."""
+
+    level_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class HKTTokenClassifierOutput(TokenClassifierOutput):
+    """Output of [`HKTForTokenClassification`]: that of transformers, and `level_weights` as in [`HKTModelOutput`]."""
+
+    level_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class HKTQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """Output of [`HKTForQuestionAnswering`]: that of transformers, and `level_weights` as in [`HKTModelOutput`]."""
+
+    level_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class HKTMultipleChoiceOutput(MultipleChoiceModelOutput):
+    """Output of [`HKTForMultipleChoice`]: that of transformers, and `level_weights` as in [`HKTModelOutput`]."""
 
     level_weights: tuple[torch.FloatTensor, ...] | None = None
 
@@ -396,6 +429,85 @@ class HKTModel(HKTPreTrainedModel):
         return broadcast_padding_mask(attention_mask != 0)
 
 
+class HKTPredictionHead(nn.Module):
+    """What a masked language model does before it scores tokens: linear layer, activation, layer norm (as in BERT)."""
+
+    def __init__(self, config: HKTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.act_fn(self.dense(hidden_states)))
+
+
+class HKTForMaskedLM(HKTPreTrainedModel):
+    """HKT encoder with a masked-language-model head, tied to the token embeddings by `config.tie_word_embeddings`.
+
+    Args:
+        config (`HKTConfig`): the configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HKTConfig):
+        super().__init__(config)
+        self.model = HKTModel(config)
+        self.head = HKTPredictionHead(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HKTMaskedLMOutput:
+        """Score every token of the vocabulary at every position.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): the masked tokens' ids, -100 elsewhere.
+
+        Returns:
+            [`HKTMaskedLMOutput`]: `logits (B, T, vocab_size)`.
+
+        Raises:
+            ValueError: as [`HKTModel.forward`], or labels of another shape or outside `[0, vocab_size)`.
+        """
+        if labels is not None:
+            _check_class_labels(
+                labels,
+                (input_ids if input_ids is not None else inputs_embeds).shape[:2],
+                "vocab_size",
+                self.config.vocab_size,
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(self.head(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return HKTMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            level_weights=outputs.level_weights,
+        )
+
+
 class HKTForSequenceClassification(HKTPreTrainedModel):
     """HKT encoder with pooling and a linear head: single-label or multi-label classification, or regression.
 
@@ -413,8 +525,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = HKTModel(config)
-        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -466,6 +577,211 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
             attentions=outputs.attentions,
             level_weights=outputs.level_weights,
         )
+
+
+class HKTForTokenClassification(HKTPreTrainedModel):
+    """HKT encoder with a linear classifier of every token.
+
+    Args:
+        config (`HKTConfig`): the configuration.
+    """
+
+    def __init__(self, config: HKTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HKTModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HKTTokenClassifierOutput:
+        """Classify every token.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): classes, or -100 to ignore a token.
+
+        Returns:
+            [`HKTTokenClassifierOutput`]: `logits (B, T, num_labels)`.
+
+        Raises:
+            ValueError: as [`HKTModel.forward`], or labels of another shape or outside `[0, num_labels)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            _check_class_labels(labels, logits.shape[:2], "num_labels", self.num_labels)
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+        return HKTTokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            level_weights=outputs.level_weights,
+        )
+
+
+class HKTForQuestionAnswering(HKTPreTrainedModel):
+    """HKT encoder with scores for the first and the last token of an answer.
+
+    Args:
+        config (`HKTConfig`): the configuration.
+    """
+
+    # The loss is a mean over the sequences of a micro-batch, so the Trainer must divide it by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HKTConfig):
+        super().__init__(config)
+        self.model = HKTModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HKTQuestionAnsweringOutput:
+        """Score every token as the first and as the last of the answer.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            start_positions, end_positions (`torch.LongTensor` of shape `(B,)`, *optional*): columns of the first and of
+                the last token of the answer; columns beyond the sequence are ignored, as everywhere in transformers.
+
+        Returns:
+            [`HKTQuestionAnsweringOutput`]: `start_logits` and `end_logits`, `(B, T)` each.
+
+        Raises:
+            ValueError: as [`HKTModel.forward`], or one of the positions without the other.
+        """
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("`start_positions` and `end_positions` must be given together")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        loss = None
+        if start_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return HKTQuestionAnsweringOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            level_weights=outputs.level_weights,
+        )
+
+
+class HKTForMultipleChoice(HKTPreTrainedModel):
+    """HKT encoder that gives each of several sequences one score; `config.pooling` says what the score is read from.
+
+    Args:
+        config (`HKTConfig`): the configuration.
+    """
+
+    # The loss is a mean over the questions of a micro-batch, so the Trainer must divide it by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HKTConfig):
+        super().__init__(config)
+        self.model = HKTModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HKTMultipleChoiceOutput:
+        """Score the `C` choices of each question.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, C, T)`, *optional*): token ids.
+            attention_mask, position_ids (`torch.Tensor` of shape `(B, C, T)`, *optional*): as in [`HKTModel.forward`].
+            inputs_embeds (`torch.FloatTensor` of shape `(B, C, T, d)`, *optional*): instead of `input_ids`.
+            labels (`torch.LongTensor` of shape `(B,)`, *optional*): the right choice, in `[0, C)`.
+            kwargs: as in [`HKTModel.forward`].
+
+        Returns:
+            [`HKTMultipleChoiceOutput`]: `logits (B, C)`.
+
+        Raises:
+            ValueError: as [`HKTModel.forward`], inputs without a dimension of choices, packed sequences, or labels of
+                another shape or outside `[0, C)`.
+        """
+        name, tokens, rank = ("inputs_embeds", inputs_embeds, 4) if input_ids is None else ("input_ids", input_ids, 3)
+        if tokens is None or tokens.dim() != rank:
+            shape = "(batch, choices, length" + (", hidden_size)" if rank == 4 else ")")
+            raise ValueError(
+                f"`{name}` must have shape {shape}, got {None if tokens is None else tuple(tokens.shape)}"
+            )
+        batch_size, num_choices = tokens.shape[:2]
+
+        def flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.flatten(0, 1)
+
+        attention_mask, position_ids = flat(attention_mask), flat(position_ids)
+        _refuse_packing(attention_mask, position_ids)
+        if labels is not None:
+            _check_class_labels(labels, (batch_size,), "choices", num_choices)
+        outputs = self.model(
+            input_ids=flat(input_ids),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=flat(inputs_embeds),
+            return_dict=True,
+            **kwargs,
+        )
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
+        logits = self.classifier(self.dropout(pooled)).view(batch_size, num_choices)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return HKTMultipleChoiceOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            level_weights=outputs.level_weights,
+        )
+
+
+def _classifier_dropout(config: HKTConfig) -> float:
+    return config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
 
 
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
@@ -525,6 +841,17 @@ def _refuse_packing(attention_mask: torch.Tensor | None, position_ids: torch.Ten
         raise ValueError("`position_ids` restart within a row: packed sequences can't be pooled, give one a row")
 
 
+def _check_class_labels(labels: torch.Tensor, shape: tuple[int, ...], bound_name: str, bound: int) -> None:
+    """Refuse labels of another shape, or outside `[0, bound)` and not -100; the message names the bound."""
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"`labels` must have shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if not values_can_be_read(labels):
+        return
+    outside = ((labels < 0) | (labels >= bound)) & (labels != -100)
+    if outside.any():
+        raise ValueError(f"`labels` must lie in [0, {bound_name}) = [0, {bound}), got {labels[outside][0].item()}")
+
+
 def _check_labels(config: HKTConfig, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """The labels in the dtype that the loss takes; ValueError where they do not fit `logits (B, num_labels)`."""
     batch_size, num_labels = logits.shape
@@ -545,16 +872,23 @@ def _check_labels(config: HKTConfig, labels: torch.Tensor, logits: torch.Tensor)
         return labels.to(logits.dtype)
     if problem_type == "multi_label_classification":
         labels = labels.to(logits.dtype)
-        allowed, interval = (labels >= 0) & (labels <= 1), "[0, 1]"
+        allowed = (labels >= 0) & (labels <= 1)
+        if values_can_be_read(labels) and not allowed.all():
+            raise ValueError(f"`labels` must lie in [0, 1], got {labels[~allowed][0].item()}")
     elif labels.is_floating_point():
         raise ValueError(f"`labels` must be integers for single_label_classification, got {labels.dtype}")
     else:
         labels = labels.long()
-        allowed = ((labels >= 0) & (labels < num_labels)) | (labels == -100)
-        interval = f"[0, num_labels) = [0, {num_labels})"
-    if values_can_be_read(labels) and not allowed.all():
-        raise ValueError(f"`labels` must lie in {interval}, got {labels[~allowed][0].item()}")
+        _check_class_labels(labels, labels.shape, "num_labels", num_labels)
     return labels
 
 
-__all__ = ["HKTForSequenceClassification", "HKTModel", "HKTPreTrainedModel"]
+__all__ = [
+    "HKTForMaskedLM",
+    "HKTForMultipleChoice",
+    "HKTForQuestionAnswering",
+    "HKTForSequenceClassification",
+    "HKTForTokenClassification",
+    "HKTModel",
+    "HKTPreTrainedModel",
+]
