@@ -5,6 +5,7 @@ import transformers
 from .modeling import (
     CausalDownsample,
     HKTConfig,
+    HKTForCausalLM,
     HKTForMaskedLM,
     HKTForMultipleChoice,
     HKTForQuestionAnswering,
@@ -38,6 +39,7 @@ _register_auto_classes()
 __all__ = [
     "CausalDownsample",
     "HKTConfig",
+    "HKTForCausalLM",
     "HKTForMaskedLM",
     "HKTForMultipleChoice",
     "HKTForQuestionAnswering",

@@ -3,6 +3,7 @@
 from .attention_hkt import CausalDownsample, hierarchical_attention, hierarchical_scores, lift
 from .configuration_hkt import HKTConfig
 from .modeling_hkt import (
+    HKTForCausalLM,
     HKTForMaskedLM,
     HKTForMultipleChoice,
     HKTForQuestionAnswering,
@@ -16,6 +17,7 @@ from .modeling_hkt import (
 __all__ = [
     "CausalDownsample",
     "HKTConfig",
+    "HKTForCausalLM",
     "HKTForMaskedLM",
     "HKTForMultipleChoice",
     "HKTForQuestionAnswering",

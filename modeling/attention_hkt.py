@@ -65,13 +65,16 @@ class CausalDownsample(nn.Module):
         self.weight.copy_(self.mean_weight())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(B, T, d)` to `(B, ceil(T / 2), d)`, any `T >= 1`."""
-        num_blocks = (hidden_states.shape[1] + 1) // 2
-        padded = F.pad(hidden_states, (0, 0, self.kernel_size - 1, 0))
+        """`(B, T, d)` to `(B, ceil(T / 2), d)`, any `T >= 0`."""
+        return self.continue_from(F.pad(hidden_states, (0, 0, self.kernel_size - 1, 0)))
+
+    def continue_from(self, padded: torch.Tensor) -> torch.Tensor:
+        """As `forward`, with `K - 1` earlier inputs in front: `(B, K - 1 + T, d)` to `(B, ceil(T / 2), d)`."""
+        num_blocks = (padded.shape[1] - self.kernel_size + 2) // 2
         output = None
         for tap in range(self.kernel_size):
             start = self.kernel_size - 1 - tap
-            inputs = padded[:, start : start + 2 * num_blocks - 1 : 2]
+            inputs = padded[:, start : start + 2 * num_blocks : 2]
             term = inputs * self.weight[tap] if self.downsample_type == "depthwise" else inputs @ self.weight[tap]
             output = term if output is None else output + term
         return output
@@ -298,6 +301,56 @@ def dispatch_attention(
         **kwargs,
     )
     return output[..., : value.shape[-1]], weights
+
+
+def attend_to_cache(
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    value: torch.Tensor,
+    level_weights: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    output_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of `n` new tokens over everything that a cache holds, themselves included.
+
+    Few queries take the scores of each level and upsample these; more queries than a lifted key is wide run PyTorch's
+    fused attention on lifted keys, which then are smaller than the scores.
+
+    Args:
+        queries (sequence of `torch.Tensor`): `L` tensors `(B, H, n, p)`: at each level, for each new token, the query of
+            its block.
+        keys (sequence of `torch.Tensor`): `L` tensors `(B, H, ceil(S / 2**l), p)`.
+        value (`torch.Tensor`): `(B, H, S, p)`.
+        level_weights (`torch.Tensor`): `(H, L)`.
+        attention_mask (`torch.Tensor`, *optional*): broadcastable to `(B, H, n, S)`, bool (True = attend) or additive.
+        scaling (`float`): factor of the scores.
+        dropout (`float`, *optional*, defaults to 0.0): dropout of the attention weights.
+        output_weights (`bool`, *optional*, defaults to `False`): return the attention weights, which the fused attention
+            does not.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: output `(B, n, H, p)`, and weights `(B, H, n, S)` or `None`.
+    """
+    length = value.shape[-2]
+    weighted = [
+        weight * query for weight, query in zip(_factors(queries, level_weights, scaling), queries, strict=True)
+    ]
+    if output_weights or queries[0].shape[-2] <= len(queries) * queries[0].shape[-1]:
+        scores = weighted[0] @ keys[0].transpose(-1, -2)
+        for level, (query, key) in enumerate(zip(weighted[1:], keys[1:], strict=True), start=1):
+            scores = scores + upsample(query @ key.transpose(-1, -2), level, length, dim=-1)
+        output, weights = _attend(scores, value, attention_mask, dropout)
+        return output.transpose(1, 2), weights if output_weights else None
+    query = torch.cat(weighted, dim=-1)
+    key = torch.cat([upsample(blocks, level, length, dim=-2) for level, blocks in enumerate(keys)], dim=-1)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.to(query.dtype)
+    output = F.scaled_dot_product_attention(
+        query, key, _widen(value, query.shape[-1]), attn_mask=attention_mask, scale=1.0, dropout_p=dropout
+    )
+    return output[..., : value.shape[-1]].transpose(1, 2), None
 
 
 def _attend(

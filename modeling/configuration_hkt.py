@@ -66,8 +66,14 @@ class HKTConfig(PreTrainedConfig):
             Epsilon of the layer norms.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial weights.
+        is_decoder (`bool`, *optional*, defaults to `False`):
+            Whether a token sees only itself and earlier tokens, for [`HKTForCausalLM`].
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether a decoder returns what it needs to go on from where it stands.
         pad_token_id (`int`, *optional*, defaults to 0):
             Token id of padding.
+        bos_token_id, eos_token_id (`int`, *optional*):
+            Token ids that begin and end a text; generation reads them.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the language-model head uses the token embeddings.
 
@@ -90,6 +96,7 @@ class HKTConfig(PreTrainedConfig):
     """
 
     model_type = "hkt"
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = interval(min=1)(default=30522)
     hidden_size: int = interval(min=1)(default=768)
@@ -113,7 +120,11 @@ class HKTConfig(PreTrainedConfig):
     classifier_dropout: float | int | None = None
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    is_decoder: bool = False
+    use_cache: bool = True
     pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):

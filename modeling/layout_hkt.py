@@ -109,8 +109,7 @@ def find_layout(
         real = torch.ones(batch_size, length, dtype=torch.bool, device=given.device)
     else:
         real = attention_mask != 0
-    before, after = real[:, :-1], real[:, 1:]
-    contiguous = ((after & ~before).sum(dim=1) + real[:, 0]) <= 1
+    contiguous = _is_contiguous(real)
     first = real.long().argmax(dim=1, keepdim=True)
     counted = torch.arange(length, device=real.device) - first
     counts_on = None if position_ids is None else ((position_ids.to(real.device) == counted) | ~real).all()
@@ -123,11 +122,7 @@ def find_layout(
         return None if attention_mask is None else rolled_layout(real)
 
     if counts_on is None or counts_on:
-        if not contiguous.all():
-            raise ValueError(
-                "`attention_mask` must have the ones of a row side by side, got a row with a gap; packed sequences need "
-                "`position_ids` that restart at 0"
-            )
+        check_contiguous(real)
         left, right = bool((~real[:, 0] & real.any(dim=1)).any()), bool((~real[:, -1] & real.any(dim=1)).any())
         if left and right:
             raise ValueError(
@@ -138,13 +133,26 @@ def find_layout(
 
     position_ids = position_ids.to(real.device).expand(batch_size, length)
     counted_on = torch.zeros_like(real)
-    counted_on[:, 1:] = before & (position_ids[:, 1:] == position_ids[:, :-1] + 1)
+    counted_on[:, 1:] = real[:, :-1] & (position_ids[:, 1:] == position_ids[:, :-1] + 1)
     if (real & ~counted_on & (position_ids != 0)).any():
         raise ValueError(
             "`position_ids` must count 0, 1, 2, ... in every sequence and restart at 0 where the next one begins: "
             "blocks of the coarser levels are counted from the first token of a sequence"
         )
     return packed_layout(real, position_ids)
+
+
+def check_contiguous(real: torch.Tensor) -> None:
+    """Raise a ValueError where the real tokens of a row, `real (B, T)` bool, have a gap between them."""
+    if not _is_contiguous(real).all():
+        raise ValueError(
+            "`attention_mask` must have the ones of a row side by side, got a row with a gap; packed sequences need "
+            "`position_ids` that restart at 0"
+        )
+
+
+def _is_contiguous(real: torch.Tensor) -> torch.Tensor:
+    return ((real[:, 1:] & ~real[:, :-1]).sum(dim=1) + real[:, 0]) <= 1
 
 
 def values_can_be_read(tensor: torch.Tensor) -> bool:

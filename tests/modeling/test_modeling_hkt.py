@@ -177,9 +177,10 @@ def test_rope_gives_a_block_the_position_of_its_first_token():
     attention = model.layers[0].self_attn
     with torch.no_grad():
         attention.level_logits.copy_(torch.tensor([[-100.0, 100.0]]))
-        hidden_states = torch.ones(1, 9, 8)
+        embeddings = torch.ones(1, 9, 8)
+        weights = model(inputs_embeds=embeddings, output_attentions=True).attentions[0]
+        hidden_states = model.layers[0].input_layernorm(embeddings)
         cos, sin = model.rotary_emb(hidden_states, torch.arange(9)[None])
-        _, weights, _ = attention(hidden_states, position_embeddings=(cos, sin))
         block = attention.levels(hidden_states)[1][:, 1]  # every block but the first, which sees the left padding
         query, key = attention.q_proj[1](block), attention.k_proj[1](block)
 
