@@ -34,7 +34,7 @@ class LevelStep(NamedTuple):
         starts (`int` or `torch.Tensor` of shape `(B,)`): blocks started before the step.
         counts (`int` or `torch.Tensor` of shape `(B,)`): blocks that start in the step.
         size (`int`): blocks that are computed, `max(counts)` or a little more.
-        capacity (`int`): blocks that the cache holds after the step, `max(starts + counts)`.
+        capacity (`int`): blocks that the cache holds after the step, `max(starts + counts)` and at least 1.
         offset (`int` or `torch.Tensor` of shape `(B,)`): 0 or 1, where among the new blocks of the finer level the first
             new block of this level reads its first tap.
         query_index (`torch.Tensor` of shape `(1 or B, n)`): which of `size + 1` blocks, the last old one and the new
@@ -104,13 +104,15 @@ def plan_step(
     for level in range(kwargs["num_levels"]):
         first = _ceil_divide(starts, 2**level)
         ends = _ceil_divide(starts + counts, 2**level)
+        offset = 0 if level == 0 else 2 * first - levels[-1].starts
         if isinstance(ends, int):
             size, capacity = ends - first, ends
         else:
             # A bound instead of the largest count: a count would have to be read from the device for each level.
-            size = num_columns if level == 0 else (levels[-1].size + 1) // 2
-            capacity = int(ends.max()) if level == 0 else (levels[-1].capacity + 1) // 2
-        offset = 0 if level == 0 else 2 * first - levels[-1].starts
+            smallest_offset = offset if isinstance(offset, int) else 0
+            size = num_columns if level == 0 else (levels[-1].size + 1 - smallest_offset) // 2
+            # At least one, so that a batch of padding alone has something to attend to.
+            capacity = max(int(ends.max()), 1) if level == 0 else (levels[-1].capacity + 1) // 2
         query_index = positions // 2**level - (_column(first) - 1)
         levels.append(LevelStep(first, ends - first, size, capacity, offset, query_index))
     return CacheStep(kwargs["continues"], positions, mask, tuple(levels))
@@ -149,7 +151,7 @@ def plan_next_step(
             check_contiguous(new)
             layout, counts, mask = rolled_layout(new), new.sum(1), new
     else:
-        same = layer.mask is None
+        same = layer.mask is None or layer.mask.all()
     if not same:
         raise ValueError(
             "`attention_mask` must have, for the cached tokens, the values they were fed with: shape (batch, cached + "

@@ -23,5 +23,15 @@ def right_padded_batch(lengths, total, vocab_size=40):
     return input_ids.masked_fill(attention_mask == 0, 0), attention_mask
 
 
+def left_padded(input_ids, attention_mask):
+    """The same sequences, moved to the right end of their rows."""
+    shifts = (attention_mask == 0).sum(1)
+    pairs = [
+        (ids.roll(n.item()), mask.roll(n.item()))
+        for ids, mask, n in zip(input_ids, attention_mask, shifts, strict=True)
+    ]
+    return tuple(torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+
+
 POSITIONS = ["absolute", "rope"]
 IMPLEMENTATIONS = ["eager", "sdpa"]

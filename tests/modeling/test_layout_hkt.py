@@ -4,20 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import IMPLEMENTATIONS, POSITIONS, randomize, right_padded_batch, tiny_config
+from tiny_models import IMPLEMENTATIONS, POSITIONS, left_padded, randomize, right_padded_batch, tiny_config
 
 from hkt_hf import HKTForSequenceClassification, HKTModel
 from hkt_hf.modeling.layout_hkt import find_layout, packed_layout, rolled_layout
-
-
-def left_padded(input_ids, attention_mask):
-    """The same sequences, moved to the right end of their rows."""
-    shifts = (attention_mask == 0).sum(1)
-    pairs = [
-        (ids.roll(n.item()), mask.roll(n.item()))
-        for ids, mask, n in zip(input_ids, attention_mask, shifts, strict=True)
-    ]
-    return tuple(torch.stack(tensors) for tensors in zip(*pairs, strict=True))
 
 
 def packed(rows, total):
@@ -37,6 +27,7 @@ model_settings = {
     "num_levels": st.integers(1, 4),
     "kernel_size": st.integers(1, 3),
     "implementation": st.sampled_from(IMPLEMENTATIONS),
+    "is_decoder": st.booleans(),
 }
 
 
@@ -57,6 +48,7 @@ def build(model_class, positions, num_levels, kernel_size, implementation, **fie
     **model_settings,
 )
 def test_left_padding_changes_nothing(lengths, padding, pooling, **settings):
+    pooling = "last" if settings["is_decoder"] else pooling
     model = build(HKTForSequenceClassification, pooling=pooling, **settings)
     right = right_padded_batch(lengths, max(lengths) + padding)
     left = left_padded(*right)
