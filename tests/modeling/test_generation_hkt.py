@@ -177,7 +177,7 @@ def test_masks_that_do_not_fit_are_refused(is_decoder):
     for shape in ((2, 6, 6), (3, 1, 6, 6), (2, 2, 6, 6), (2, 1, 6, 5), (2, 1, 5, 6)):
         with pytest.raises(ValueError, match="`attention_mask` must have shape"):
             model(input_ids, attention_mask=torch.ones(shape, dtype=torch.bool))
-    with pytest.raises(ValueError, match="must be bool .* or additive, got torch.int64"):
+    with pytest.raises(ValueError, match=r"must be bool .* or additive, got torch.int64"):
         model(input_ids, attention_mask=torch.ones(2, 1, 6, 6, dtype=torch.long))
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(ValueError, match="packed sequences need a mask"):
@@ -198,7 +198,7 @@ def test_flags_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match=r"`is_causal` \(False\) can't be given"):
         decoder()(torch.tensor([[5, 6]]), is_causal=False)
     model = decoder(HKTForSequenceClassification, pooling="last")
-    with pytest.raises(ValueError, match="must have shape .batch, length. where sequences are pooled"):
+    with pytest.raises(ValueError, match=r"must have shape .batch, length. where sequences are pooled"):
         model(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool))
     labels = torch.tensor([[5, 40]])
     with pytest.raises(ValueError, match=r"\[0, vocab_size\) = \[0, 40\), got 40"):
