@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, each against its flat twin in the same run."""
