@@ -232,6 +232,8 @@ class HKTCacheLayer(CacheLayerMixin):
             `torch.Tensor`: `(B, K - 1 + max(2 * size - 1, 0), d)`; the first `K - 1` lie before the first new block.
         """
         tail, size = self.tails[level - 1], step.levels[level].size
+        if size == 0:
+            return tail[:, : self.kernel_size - 1]
         features = torch.cat([tail.to(finer_features.dtype), finer_features], dim=1)
         history = self.kernel_size - 1
         start = tail.shape[1] - history + step.levels[level].offset
@@ -292,6 +294,8 @@ class HKTCacheLayer(CacheLayerMixin):
 
     def _shift(self, tail: torch.Tensor, features: torch.Tensor, counts: int | torch.Tensor) -> torch.Tensor:
         """The tail after `counts` of the new `features`; while the past is recorded nothing of it is dropped."""
+        if features.shape[1] == 0:
+            return tail
         grown = features.shape[1] if self.record_past else 0
         joined = F.pad(torch.cat([tail, features.to(tail.dtype)], dim=1), (0, 0, grown, 0))
         return _window(joined, counts, tail.shape[1] + grown).clone()
@@ -451,6 +455,8 @@ def _window(states: torch.Tensor, start: int | torch.Tensor, length: int) -> tor
 
 def _append(old: torch.Tensor, new: torch.Tensor, step: LevelStep) -> torch.Tensor:
     """`old (B, H, S, p)` with `new (B, H, size, p)` from `step.starts` on, cut to `step.capacity`."""
+    if new.shape[2] == 0:
+        return old
     if isinstance(step.starts, int) and isinstance(step.counts, int):
         return torch.cat([old, new[:, :, : step.counts]], dim=2)
     joined = torch.cat([old, torch.zeros_like(new)], dim=2)
