@@ -3,9 +3,30 @@
 import clients
 import torch
 
+from hkt_hf.modeling import modeling_hkt
+from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES
+
+
+# Fields of the configuration without which a head can't be built.
+HEAD_FIELDS: dict[str, dict] = {}
+
 
 def tiny_config(**kwargs):
     return clients.tiny_config(**{"vocab_size": 40, "hidden_dropout": 0.0, **kwargs})
+
+
+def tiny_head(auto_class, **fields):
+    """The model that `auto_class` builds, with random parameters, in evaluation mode."""
+    name = AUTO_CLASSES[auto_class]
+    return randomize(getattr(modeling_hkt, name)(tiny_config(**{**HEAD_FIELDS.get(name, {}), **fields})))
+
+
+def head_inputs(auto_class, input_ids, attention_mask):
+    """The batch `(B, T)` as the model of `auto_class` takes it: multiple choice reads it as one question, `(1, B, T)`."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if auto_class == "AutoModelForMultipleChoice":
+        return {name: tensor.unsqueeze(0) for name, tensor in inputs.items()}
+    return inputs
 
 
 def randomize(model):

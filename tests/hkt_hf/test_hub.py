@@ -7,13 +7,14 @@ import pytest
 import torch
 from clients import TEXTS, WITHOUT_PROJECT, run_python, tiny_config, tiny_tokenizer
 from hub_server import CORRUPT_UPLOAD, DROP_UPLOAD, OVERTAKE_COMMIT, REFUSE_COMMIT, HubServer
+from tiny_models import tiny_head
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import hkt_hf.hub
-from hkt_hf import HKTForSequenceClassification, HKTModel
+from hkt_hf import HKTForSequenceClassification
 from hkt_hf.hub import push_checkpoint, release_files
 from hkt_hf.modeling import modeling_hkt
-from hkt_hf.modeling.modeling_hkt import AUTO_MAP
+from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, AUTO_MAP
 
 
 PUSHED, PLAIN = "someone/pushed", "someone/plain"
@@ -318,12 +319,14 @@ def test_code_is_added_where_the_folder_lacks_it(recording_hub, tmp_path, lackin
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_backbone_without_a_head_can_be_pushed(recording_hub, tmp_path):
-    HKTModel(tiny_config()).save_pretrained(tmp_path)
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_every_class_can_be_pushed(recording_hub, tmp_path, auto_class):
+    tiny_head(auto_class).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     push_checkpoint(tmp_path, "name")
     added, _ = recording_hub.commit
     assert added["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+    assert dict(recording_hub.calls)["create_commit"]["commit_message"] == f"Upload {AUTO_CLASSES[auto_class]}"
 
 
 def test_release_has_shards_and_index_and_only_needed_code(tmp_path):

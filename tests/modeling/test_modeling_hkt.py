@@ -4,9 +4,18 @@ import copy
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import IMPLEMENTATIONS, POSITIONS, randomize, right_padded_batch, tiny_config
+from tiny_models import (
+    IMPLEMENTATIONS,
+    POSITIONS,
+    head_inputs,
+    randomize,
+    right_padded_batch,
+    tiny_config,
+    tiny_head,
+)
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
@@ -287,18 +296,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("auto_class", sorted(AUTO_CLASSES))
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 def test_save_and_load_through_the_auto_classes_is_bit_equal(auto_class, tmp_path):
-    import transformers
-
-    model = randomize(HKTForSequenceClassification(tiny_config()))
+    model = tiny_head(auto_class)
     model.save_pretrained(tmp_path)
-    loaded = getattr(transformers, auto_class).from_pretrained(tmp_path)
+    loaded, info = getattr(transformers, auto_class).from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded).__name__ == AUTO_CLASSES[auto_class]
-    input_ids, attention_mask = right_padded_batch([12, 5], 12)
-    reference = model if auto_class == "AutoModelForSequenceClassification" else model.model
+    assert not any(info.values()), info
+    # A matrix-vector product of PyTorch differs in the last bit with the alignment of a weight in its file.
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.clone()
+    inputs = head_inputs(auto_class, *right_padded_batch([12, 5], 12))
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids, attention_mask)[0], reference(input_ids, attention_mask)[0])
+        assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
 
 
 def test_config_survives_a_round_trip(tmp_path):
