@@ -641,11 +641,9 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
             [`HKTCausalLMOutput`]: `logits (B, T, vocab_size)`.
 
         Raises:
-            ValueError: as [`HKTModel.forward`], or labels of another shape or outside `[0, vocab_size)`.
+            ValueError: as [`HKTModel.forward`], or labels of another shape or dtype or outside `[0, vocab_size)`.
         """
-        if labels is not None:
-            shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
-            _check_class_labels(labels, shape, "vocab_size", self.config.vocab_size)
+        labels = _check_token_labels(labels, input_ids, inputs_embeds, "vocab_size", self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -736,15 +734,9 @@ class HKTForMaskedLM(HKTPreTrainedModel):
             [`HKTMaskedLMOutput`]: `logits (B, T, vocab_size)`.
 
         Raises:
-            ValueError: as [`HKTModel.forward`], or labels of another shape or outside `[0, vocab_size)`.
+            ValueError: as [`HKTModel.forward`], or labels of another shape or dtype or outside `[0, vocab_size)`.
         """
-        if labels is not None:
-            _check_class_labels(
-                labels,
-                (input_ids if input_ids is not None else inputs_embeds).shape[:2],
-                "vocab_size",
-                self.config.vocab_size,
-            )
+        labels = _check_token_labels(labels, input_ids, inputs_embeds, "vocab_size", self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -812,6 +804,11 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
             ValueError: as [`HKTModel.forward`], packed sequences, or labels of another shape or outside their range.
         """
         _check_one_sequence_a_row(attention_mask, position_ids)
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if labels is not None and tokens is not None:
+            # In float32 or wider: half precision would round the targets of a regression.
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            labels = _check_labels(self.config, labels, (tokens.shape[0], self.num_labels), dtype)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -822,13 +819,9 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
         logits = self.classifier(self.dropout(pooled))
-
         loss = None
         if labels is not None:
-            # In float32 or wider: half precision would round the targets of a regression.
-            wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            labels = _check_labels(self.config, labels, wide_logits)
-            loss = self.loss_function(labels=labels, pooled_logits=wide_logits, config=self.config)
+            loss = self.loss_function(labels=labels, pooled_logits=logits.to(dtype), config=self.config)
         return HKTSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -873,8 +866,9 @@ class HKTForTokenClassification(HKTPreTrainedModel):
             [`HKTTokenClassifierOutput`]: `logits (B, T, num_labels)`.
 
         Raises:
-            ValueError: as [`HKTModel.forward`], or labels of another shape or outside `[0, num_labels)`.
+            ValueError: as [`HKTModel.forward`], or labels of another shape or dtype or outside `[0, num_labels)`.
         """
+        labels = _check_token_labels(labels, input_ids, inputs_embeds, "num_labels", self.num_labels)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -886,7 +880,6 @@ class HKTForTokenClassification(HKTPreTrainedModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            _check_class_labels(labels, logits.shape[:2], "num_labels", self.num_labels)
             loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
         return HKTTokenClassifierOutput(
             loss=loss,
@@ -929,16 +922,24 @@ class HKTForQuestionAnswering(HKTPreTrainedModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             start_positions, end_positions (`torch.LongTensor` of shape `(B,)`, *optional*): columns of the first and of
-                the last token of the answer; columns beyond the sequence are ignored, as everywhere in transformers.
+                the last token of the answer; columns beyond the input (a truncated answer) are ignored, as everywhere
+                in transformers.
 
         Returns:
             [`HKTQuestionAnsweringOutput`]: `start_logits` and `end_logits`, `(B, T)` each.
 
         Raises:
-            ValueError: as [`HKTModel.forward`], or one of the positions without the other.
+            ValueError: as [`HKTModel.forward`], one of the positions without the other, positions of another shape or
+                dtype or below 0, or positions in packed sequences.
         """
         if (start_positions is None) != (end_positions is None):
             raise ValueError("`start_positions` and `end_positions` must be given together")
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if start_positions is not None and tokens is not None:
+            if attention_mask is None or attention_mask.dim() == 2:
+                _check_one_sequence_a_row(attention_mask, position_ids)
+            start_positions = _check_answer("start_positions", start_positions, tokens.shape[0])
+            end_positions = _check_answer("end_positions", end_positions, tokens.shape[0])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -950,7 +951,8 @@ class HKTForQuestionAnswering(HKTPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None
         if start_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+            positions = (columns.to(start_logits.device) for columns in (start_positions, end_positions))
+            loss = self.loss_function(start_logits.float(), end_logits.float(), *positions)
         return HKTQuestionAnsweringOutput(
             loss=loss,
             start_logits=start_logits,
@@ -995,7 +997,8 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(B, C, T)`, *optional*): token ids.
             attention_mask, position_ids (`torch.Tensor` of shape `(B, C, T)`, *optional*): as in [`HKTModel.forward`].
             inputs_embeds (`torch.FloatTensor` of shape `(B, C, T, d)`, *optional*): instead of `input_ids`.
-            labels (`torch.LongTensor` of shape `(B,)`, *optional*): the right choice, in `[0, C)`.
+            labels (`torch.LongTensor` of shape `(B,)`, *optional*): the right choice, in `[0, C)`, or -100 to ignore a
+                question.
             kwargs: as in [`HKTModel.forward`].
 
         Returns:
@@ -1003,15 +1006,21 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
 
         Raises:
             ValueError: as [`HKTModel.forward`], inputs without a dimension of choices, packed sequences, or labels of
-                another shape or outside `[0, C)`.
+                another shape or dtype or outside `[0, C)`.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         name, tokens, rank = ("inputs_embeds", inputs_embeds, 4) if input_ids is None else ("input_ids", input_ids, 3)
-        if tokens is None or tokens.dim() != rank:
+        if tokens.dim() != rank or tokens.shape[1] < 1:
             shape = "(batch, choices, length" + (", hidden_size)" if rank == 4 else ")")
-            raise ValueError(
-                f"`{name}` must have shape {shape}, got {None if tokens is None else tuple(tokens.shape)}"
-            )
+            raise ValueError(f"`{name}` must have shape {shape} with at least 1 choice, got {tuple(tokens.shape)}")
         batch_size, num_choices = tokens.shape[:2]
+        for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if tensor is not None and tensor.shape != tokens.shape[:3]:
+                raise ValueError(
+                    f"`{name}` must have shape (batch, choices, length) = {tuple(tokens.shape[:3])}, "
+                    f"got {tuple(tensor.shape)}"
+                )
 
         def flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.flatten(0, 1)
@@ -1019,7 +1028,7 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
         attention_mask, position_ids = flat(attention_mask), flat(position_ids)
         _check_one_sequence_a_row(attention_mask, position_ids)
         if labels is not None:
-            _check_class_labels(labels, (batch_size,), "choices", num_choices)
+            labels = _check_class_labels(labels, (batch_size,), "choices", num_choices)
         outputs = self.model(
             input_ids=flat(input_ids),
             attention_mask=attention_mask,
@@ -1030,7 +1039,7 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
         logits = self.classifier(self.dropout(pooled)).view(batch_size, num_choices)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels.to(logits.device))
         return HKTMultipleChoiceOutput(
             loss=loss,
             logits=logits,
@@ -1127,25 +1136,60 @@ def _check_one_sequence_a_row(attention_mask: torch.Tensor | None, position_ids:
         return
     starts = position_ids == 0
     if attention_mask is not None:
+        if attention_mask.shape[1] != position_ids.shape[-1]:
+            return  # the model names the one of wrong shape
         starts = starts & (attention_mask != 0)
     if (starts.sum(dim=-1) > 1).any():
         raise ValueError("`position_ids` restart within a row: packed sequences can't be pooled, give one a row")
 
 
-def _check_class_labels(labels: torch.Tensor, shape: tuple[int, ...], bound_name: str, bound: int) -> None:
-    """Refuse labels of another shape, or outside `[0, bound)` and not -100; the message names the bound."""
+def _check_token_labels(
+    labels: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    bound_name: str,
+    bound: int,
+) -> torch.Tensor | None:
+    """[`_check_class_labels`] for one label a token."""
+    tokens = inputs_embeds if input_ids is None else input_ids
+    if labels is None or tokens is None:  # the model refuses a call without tokens
+        return labels
+    return _check_class_labels(labels, tokens.shape[:2], bound_name, bound)
+
+
+def _check_answer(name: str, columns: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Columns of answers as int64 `(B,)`; ValueError for another shape or dtype, or below 0."""
+    if tuple(columns.shape) not in ((batch_size,), (batch_size, 1)):
+        raise ValueError(f"`{name}` must have shape {(batch_size,)}, got {tuple(columns.shape)}")
+    _check_integers(name, columns)
+    if values_can_be_read(columns) and (columns < 0).any():
+        raise ValueError(f"`{name}` must be columns of the input, at least 0, got {columns[columns < 0][0].item()}")
+    return columns.long().view(batch_size)
+
+
+def _check_integers(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"`{name}` must be integers, got {tensor.dtype}")
+
+
+def _check_class_labels(labels: torch.Tensor, shape: tuple[int, ...], bound_name: str, bound: int) -> torch.Tensor:
+    """The labels as int64; ValueError for another shape or dtype, or outside `[0, bound)` and not -100."""
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"`labels` must have shape {tuple(shape)}, got {tuple(labels.shape)}")
-    if not values_can_be_read(labels):
-        return
-    outside = ((labels < 0) | (labels >= bound)) & (labels != -100)
-    if outside.any():
-        raise ValueError(f"`labels` must lie in [0, {bound_name}) = [0, {bound}), got {labels[outside][0].item()}")
+    _check_integers("labels", labels)
+    labels = labels.long().contiguous()
+    if values_can_be_read(labels):
+        outside = ((labels < 0) | (labels >= bound)) & (labels != -100)
+        if outside.any():
+            raise ValueError(f"`labels` must lie in [0, {bound_name}) = [0, {bound}), got {labels[outside][0].item()}")
+    return labels
 
 
-def _check_labels(config: HKTConfig, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The labels in the dtype that the loss takes; ValueError where they do not fit `logits (B, num_labels)`."""
-    batch_size, num_labels = logits.shape
+def _check_labels(
+    config: HKTConfig, labels: torch.Tensor, logits_shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """The labels as int64 or `dtype`, whichever the loss takes; ValueError where they do not fit the logits."""
+    batch_size, num_labels = logits_shape
     problem_type = config.problem_type
     if problem_type is None:  # as the loss itself decides
         integers = labels.dtype in (torch.long, torch.int)
@@ -1160,17 +1204,13 @@ def _check_labels(config: HKTConfig, labels: torch.Tensor, logits: torch.Tensor)
             f"{num_labels}, got {tuple(labels.shape)}"
         )
     if problem_type == "regression":
-        return labels.to(logits.dtype)
-    if problem_type == "multi_label_classification":
-        labels = labels.to(logits.dtype)
-        allowed = (labels >= 0) & (labels <= 1)
-        if values_can_be_read(labels) and not allowed.all():
-            raise ValueError(f"`labels` must lie in [0, 1], got {labels[~allowed][0].item()}")
-    elif labels.is_floating_point():
-        raise ValueError(f"`labels` must be integers for single_label_classification, got {labels.dtype}")
-    else:
-        labels = labels.long()
-        _check_class_labels(labels, labels.shape, "num_labels", num_labels)
+        return labels.to(dtype)
+    if problem_type == "single_label_classification":
+        return _check_class_labels(labels, labels.shape, "num_labels", num_labels)
+    labels = labels.to(dtype)
+    allowed = (labels >= 0) & (labels <= 1)
+    if values_can_be_read(labels) and not allowed.all():
+        raise ValueError(f"`labels` must lie in [0, 1], got {labels[~allowed][0].item()}")
     return labels
 
 

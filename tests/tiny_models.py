@@ -8,7 +8,7 @@ from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES
 
 
 # Fields of the configuration without which a head can't be built.
-HEAD_FIELDS: dict[str, dict] = {}
+HEAD_FIELDS = {"HKTForCausalLM": {"is_decoder": True}}
 
 
 def tiny_config(**kwargs):
@@ -16,9 +16,11 @@ def tiny_config(**kwargs):
 
 
 def tiny_head(auto_class, **fields):
-    """The model that `auto_class` builds, with random parameters, in evaluation mode."""
+    """The model that `auto_class` builds, with random parameters (the same in each call), in evaluation mode."""
     name = AUTO_CLASSES[auto_class]
-    return randomize(getattr(modeling_hkt, name)(tiny_config(**{**HEAD_FIELDS.get(name, {}), **fields})))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomize(getattr(modeling_hkt, name)(tiny_config(**{**HEAD_FIELDS.get(name, {}), **fields})))
 
 
 def head_inputs(auto_class, input_ids, attention_mask):
