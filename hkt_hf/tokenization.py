@@ -61,17 +61,23 @@ _BUILDERS = {"listops": _listops, "bytes": _bytes, "pixels": _pixels}
 TOKENIZER_KINDS = tuple(_BUILDERS)
 
 
-def build_tokenizer(kind: str, *, model_max_length: int, add_cls_token: bool = False) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    kind: str, *, model_max_length: int, add_cls_token: bool = False, split_special_tokens: bool = True
+) -> PreTrainedTokenizerFast:
     """Tokenizer of a from-scratch model.
 
     In each, the ids 0 to 4 are `[PAD]`, `[UNK]`, `[CLS]`, `[SEP]` and `[MASK]`. In the byte tokenizer, byte `b` has the
-    id `5 + b`; a text decodes to itself, and one that contains `"[PAD]"` yields five bytes, not the special token.
+    id `5 + b`; a text decodes to itself, and one that contains `"[PAD]"` yields five bytes, not the special token, unless
+    `split_special_tokens` is `False`.
 
     Args:
         kind (`str`): `"listops"` (words: digits, operators, `]`), `"bytes"` (UTF-8 bytes) or `"pixels"` (words: `0` to
             `255`).
         model_max_length (`int`): number of tokens that `truncation=True` cuts to, special tokens included.
         add_cls_token (`bool`, *optional*, defaults to `False`): begin every sequence with `[CLS]`.
+        split_special_tokens (`bool`, *optional*, defaults to `True`): in the byte tokenizer, read `"[MASK]"` in a text as
+            six bytes. With `False` it is the mask token, as the fill-mask pipeline needs it, and likewise for the other
+            special tokens.
 
     Returns:
         `PreTrainedTokenizerFast`
@@ -96,7 +102,7 @@ def build_tokenizer(kind: str, *, model_max_length: int, add_cls_token: bool = F
         truncation_side="right",
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
+        split_special_tokens=split_special_tokens,
         hkt_kind=kind,
     )
 
@@ -126,7 +132,7 @@ def encode_texts(
     """
     max_length = tokenizer.model_max_length if max_length is None else max_length
     kind = tokenizer.init_kwargs.get("hkt_kind")
-    if kind not in _BUILDERS or tokenizer.truncation_side != "right":
+    if kind not in _BUILDERS or tokenizer.truncation_side != "right" or not tokenizer.split_special_tokens:
         return tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     if kind == "bytes":
         texts = [text[:max_length] for text in texts]  # a character is at least one byte

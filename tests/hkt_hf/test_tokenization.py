@@ -79,6 +79,18 @@ def test_special_tokens_in_text_stay_text(text):
     assert BYTES.decode(ids, skip_special_tokens=True) == text
 
 
+def test_special_tokens_in_text_can_be_read_as_such(tmp_path):
+    build_tokenizer("bytes", model_max_length=64, split_special_tokens=False).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "a[MASK]b [PAD]"
+    ids = [5 + ord("a"), tokenizer.mask_token_id, 5 + ord("b"), 5 + ord(" "), tokenizer.pad_token_id]
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.decode(ids) == text
+    # Six characters are one token: the texts must not be cut before they are encoded.
+    for max_length in (2, 5, 64):
+        assert encode_texts(tokenizer, [text], max_length) == [ids[:max_length]]
+
+
 @given(st.lists(any_text, min_size=1, max_size=5), st.integers(2, 80))
 def test_encode_texts_equals_a_call(texts, max_length):
     for tokenizer in (BYTES, BYTES_CLS):
