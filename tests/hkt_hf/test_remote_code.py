@@ -1,25 +1,28 @@
 """A checkpoint loads where this project is not installed, with every Auto class, and gives the same numbers."""
 
 import ast
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from clients import TEXTS, WITHOUT_PROJECT, run_python, tiny_tokenizer
+from clients import WITHOUT_PROJECT, run_python
 from tiny_models import head_inputs, tiny_head
+from transformers import pipeline
 
 import hkt_hf
 from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES
+from hkt_hf.tokenization import build_tokenizer
 
 
 REMOTE = (
     WITHOUT_PROJECT
     + """
-import torch, transformers
+import json, torch, transformers
 
-folder, saved_again, output = sys.argv[1:4]
-auto_classes = sys.argv[4:]
+folder, saved_again, output, pipelines = sys.argv[1:5]
+auto_classes = sys.argv[5:]
 inputs = torch.load(f"{folder}/inputs.pt")
 
 def check_is_remote(cls):
@@ -58,14 +61,27 @@ for auto_class in auto_classes:
     model.save_pretrained(f"{saved_again}/{auto_class}")
     results["again"][auto_class] = output_of(load(auto_class, f"{saved_again}/{auto_class}")[0], auto_class)
     results["backbone"][auto_class] = output_of(load("AutoModel", f"{folder}/{auto_class}")[0], "AutoModel")
-classify = transformers.pipeline(
-    "text-classification", model=f"{folder}/AutoModelForSequenceClassification", trust_remote_code=True
-)
-check_is_remote(type(classify.model))
-results["scores"] = classify(["h i e r a r c h y", "t r e e"], top_k=None)
+results["pipelines"] = {}
+for task, (auto_class, texts, arguments) in json.loads(pipelines).items():
+    run = transformers.pipeline(task, model=f"{folder}/{auto_class}", trust_remote_code=True, batch_size=2)
+    check_is_remote(type(run.model))
+    results["pipelines"][task] = json.dumps(run(texts, **arguments), default=float)
 torch.save(results, output)
 """
 )
+
+TEXTS = ["h i e r a r c h y", "t r e e"]
+PIPELINES = {
+    "feature-extraction": ("AutoModel", TEXTS, {}),
+    "fill-mask": ("AutoModelForMaskedLM", ["h i [MASK] r a r c h y", "t r [MASK]"], {}),
+    "text-classification": ("AutoModelForSequenceClassification", TEXTS, {"top_k": None}),
+    "token-classification": ("AutoModelForTokenClassification", TEXTS, {}),
+    "zero-shot-classification": (
+        "AutoModelForSequenceClassification",
+        TEXTS,
+        {"candidate_labels": ["a", "b"], "hypothesis_template": " {}"},
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +90,8 @@ def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("remote")
     input_ids = torch.randint(1, 28, (2, 13), generator=torch.Generator().manual_seed(0))
     attention_mask = torch.tensor([[1] * 13, [1] * 6 + [0] * 7])
-    tokenizer = tiny_tokenizer()
-    inputs, expected, backbones = {}, {}, {}
+    tokenizer = build_tokenizer("bytes", model_max_length=64, split_special_tokens=False)
+    inputs, expected, backbones, pipelines = {}, {}, {}, {}
     for auto_class in AUTO_CLASSES:
         model = tiny_head(auto_class, vocab_size=len(tokenizer))
         model.save_pretrained(folder / auto_class)
@@ -84,11 +100,11 @@ def loaded(tmp_path_factory):
         with torch.no_grad():
             expected[auto_class] = model(**inputs[auto_class])[0]
             backbones[auto_class] = model.base_model(input_ids, attention_mask)[0]
-            if auto_class == "AutoModelForSequenceClassification":
-                expected["probabilities"] = [
-                    model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1) for text in TEXTS
-                ]
-    expected["backbone"] = backbones
+    for task, (auto_class, texts, arguments) in PIPELINES.items():
+        run = pipeline(task, model=str(folder / auto_class), batch_size=2)
+        assert type(run.model).__module__.startswith("hkt_hf.")
+        pipelines[task] = json.dumps(run(texts, **arguments), default=float)
+    expected["backbone"], expected["pipelines"] = backbones, pipelines
     torch.save(inputs, folder / "inputs.pt")
     run_python(
         REMOTE,
@@ -97,6 +113,7 @@ def loaded(tmp_path_factory):
         folder,
         folder / "again",
         folder / "results.pt",
+        json.dumps(PIPELINES),
         *AUTO_CLASSES,
     )
     return torch.load(folder / "results.pt"), expected
@@ -106,11 +123,19 @@ def test_config_loads(loaded):
     assert loaded[0]["config"] == "HKTConfig"
 
 
-def test_the_pipeline_gives_the_same_scores(loaded):
-    results, expected = loaded
-    for scores, probabilities in zip(results["scores"], expected["probabilities"], strict=True):
-        found = {score["label"]: score["score"] for score in scores}
-        assert [found[f"LABEL_{index}"] for index in range(3)] == pytest.approx(probabilities.tolist(), abs=1e-6)
+def leaves(value):
+    """The numbers and texts of a nested result, in order."""
+    if isinstance(value, dict):
+        value = [part for key in sorted(value) for part in (key, value[key])]
+    return [leaf for part in value for leaf in leaves(part)] if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("task", PIPELINES)
+def test_pipelines_give_the_same_results(loaded, task):
+    results, expected = (leaves(json.loads(part["pipelines"][task])) for part in loaded)
+    assert len(results) > 4
+    for found, wanted in zip(results, expected, strict=True):
+        assert found == (pytest.approx(wanted, abs=1e-5) if isinstance(wanted, float) else wanted)
 
 
 @pytest.mark.parametrize("saved", ["first", "again"], ids=["saved-here", "saved-from-remote-code"])
