@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .layout_hkt import SequenceLayout
+
 
 DOWNSAMPLE_TYPES = ("depthwise", "dense")
 
@@ -267,6 +269,7 @@ def dispatch_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    layout: SequenceLayout | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The door from a transformers model: the function that the config's `attn_implementation` names does the work.
@@ -280,6 +283,8 @@ def dispatch_attention(
             `(B, H, T, T)`: bool (True = attend) or additive.
         scaling (`float`): factor of the scores.
         dropout (`float`, *optional*, defaults to 0.0): dropout of the attention weights.
+        layout (`SequenceLayout`, *optional*): where the sequences lie in rows; then `attention_interface` gets and
+            returns rows.
         kwargs: handed on to `attention_interface`.
 
     Returns:
@@ -290,16 +295,19 @@ def dispatch_attention(
         output, weights = _attend(scores, value, attention_mask, dropout)
         return output.transpose(1, 2), weights
     query, key = lift(queries, keys, level_weights, scaling)
+    lifted = [query, key, _widen(value, query.shape[-1])]
+    if layout is not None:
+        lifted = [layout.to_rows(states.transpose(1, 2)).transpose(1, 2) for states in lifted]
     output, weights = attention_interface(
         module,
-        query,
-        key,
-        _widen(value, query.shape[-1]),
+        *lifted,
         attention_mask,
         scaling=1.0,
         dropout=dropout,
         **kwargs,
     )
+    batch_size, num_heads, length, width = lifted[0].shape
+    output = output.reshape(batch_size, length, num_heads, width)  # inference servers return tokens without a batch
     return output[..., : value.shape[-1]], weights
 
 

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -274,7 +274,10 @@ class HKTAttention(nn.Module):
             return attn_output if layout is None else layout.to_rows(attn_output), attn_weights, level_weights
 
         # `None` stands for eager: it works on the levels themselves.
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        implementation = self.config._attn_implementation
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+        # A function that no mask is made for, such as that of an inference server, knows itself what the rows hold.
+        on_rows = layout is not None and implementation not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
         attn_output, attn_weights = dispatch_attention(
             attention_interface,
             self,
@@ -285,10 +288,11 @@ class HKTAttention(nn.Module):
             attention_mask,
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
+            layout=layout if on_rows else None,
             **kwargs,
         )
         attn_output = self.o_proj(attn_output.flatten(2))
-        if layout is not None:
+        if layout is not None and not on_rows:
             attn_output = layout.to_rows(attn_output)
             attn_weights = None if attn_weights is None else layout.weights_to_rows(attn_weights)
         return attn_output, attn_weights, level_weights
@@ -350,6 +354,7 @@ class HKTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HKTLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_attention_backend = True
     _can_record_outputs = {
         "hidden_states": HKTLayer,
         "attentions": HKTAttention,

@@ -128,6 +128,7 @@ EXPECTED_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
     "attention_hkt.py",
+    "cache_hkt.py",
     "configuration_hkt.py",
     "layout_hkt.py",
     "modeling_hkt.py",
