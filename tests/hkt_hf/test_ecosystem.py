@@ -59,11 +59,28 @@ def test_a_plain_q_proj_is_refused_by_peft_not_skipped():
         peft.get_peft_model(tiny_head("AutoModelForSequenceClassification"), config)
 
 
-@pytest.mark.parametrize("targets", [QUERIES_AND_VALUES, "all-linear"])
-def test_lora_trains_its_adapters_and_the_head_alone(targets, tmp_path):
+def test_lora_for_token_classification_leaves_the_head_to_training():
+    """peft takes the head of token classifiers, those of BERT too, for one of "all-linear" unless it is excluded."""
+    config = peft.LoraConfig(task_type="TOKEN_CLS", target_modules="all-linear", exclude_modules=["classifier"])
+    model = peft.get_peft_model(tiny_head("AutoModelForTokenClassification"), config)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum("classifier.modules_to_save" in name for name in trainable) == 2
+    assert len(adapted(model)) == 10
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"target_modules": QUERIES_AND_VALUES},
+        {"target_modules": "all-linear"},
+        {"target_modules": "all-linear", "modules_to_save": ["downsample.0", "downsample.1"]},
+    ],
+    ids=["queries-and-values", "all-linear", "and-downsampling"],
+)
+def test_lora_trains_its_adapters_and_the_head_alone(choice, tmp_path):
     base = tiny_head("AutoModelForSequenceClassification")
     base.save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets, r=4, lora_dropout=0.0)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_dropout=0.0, **copy.deepcopy(choice))  # peft adds the head
     model = peft.get_peft_model(copy.deepcopy(base), config).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     input_ids, attention_mask = right_padded_batch([12, 7, 9], 12)
@@ -78,7 +95,9 @@ def test_lora_trains_its_adapters_and_the_head_alone(targets, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     trained = {name for name in before if "lora_" in name or "modules_to_save" in name}
-    assert changed == trained and any("modules_to_save" in name for name in trained)
+    assert changed == trained
+    for part in ["classifier", *choice.get("modules_to_save", [])]:
+        assert any(f"{part}.modules_to_save" in name for name in trained)
 
     model.eval().save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
