@@ -16,6 +16,7 @@ TASKS = {
     "feature-extraction": "AutoModel",
     "fill-mask": "AutoModelForMaskedLM",
     "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
     "token-classification": "AutoModelForTokenClassification",
     "zero-shot-classification": "AutoModelForSequenceClassification",
 }
@@ -91,6 +92,16 @@ def test_fill_mask(make_pipeline):
             assert entry["sequence"] == text.replace("[MASK]", shown)
     targets = fill("A fi[MASK]m", targets=["l", "r"])
     assert {entry["token_str"] for entry in targets} == {"l", "r"}
+
+
+def test_text_generation(make_pipeline):
+    generate, model = make_pipeline("text-generation")
+    generate.tokenizer.padding_side = "left"
+    results = generate(TEXTS, max_new_tokens=6, do_sample=False, return_full_text=False)
+    for text, (result,) in zip(TEXTS, results, strict=True):
+        batch = TOKENIZER(text, return_tensors="pt")
+        tokens = model.generate(**batch, max_new_tokens=6, do_sample=False)[0, batch["input_ids"].shape[1] :]
+        assert result["generated_text"] == TOKENIZER.decode(tokens, skip_special_tokens=True)
 
 
 def test_zero_shot_classification(make_pipeline):

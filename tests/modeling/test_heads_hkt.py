@@ -26,6 +26,7 @@ LENGTHS = [9, 4, 6]
 TOKEN_LABELS = torch.full((3, 9), -100)
 TOKEN_LABELS[0, 2], TOKEN_LABELS[0, 8], TOKEN_LABELS[1, 0], TOKEN_LABELS[2, 5] = 1, 0, 2, 2
 LABELS = {
+    "AutoModelForCausalLM": {"labels": TOKEN_LABELS.where(TOKEN_LABELS == -100, TOKEN_LABELS + 20)},
     "AutoModelForMaskedLM": {"labels": TOKEN_LABELS.where(TOKEN_LABELS == -100, TOKEN_LABELS + 30)},
     "AutoModelForTokenClassification": {"labels": TOKEN_LABELS},
     "AutoModelForQuestionAnswering": {
@@ -52,7 +53,10 @@ def mean_surprisal(logits, labels):
     return torch.stack(terms).mean()
 
 
-def expected_loss(output, labels):
+def expected_loss(output, auto_class):
+    labels = LABELS[auto_class]
+    if auto_class == "AutoModelForCausalLM":
+        return mean_surprisal(output.logits[:, :-1], labels["labels"][:, 1:])
     if "labels" in labels:
         return mean_surprisal(output.logits, labels["labels"])
     start = mean_surprisal(output.start_logits, labels["start_positions"])
@@ -63,7 +67,7 @@ def expected_loss(output, labels):
 def test_loss_is_the_mean_over_what_has_a_label(auto_class):
     model = tiny_head(auto_class)
     output = model(**labelled_batch(auto_class))
-    torch.testing.assert_close(output.loss.double(), expected_loss(output, LABELS[auto_class]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.loss.double(), expected_loss(output, auto_class), rtol=1e-5, atol=1e-6)
     output.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -74,7 +78,7 @@ def test_losses_of_half_precision_models_are_computed_in_float32(auto_class, dty
     model = tiny_head(auto_class).to(dtype)
     output = model(**labelled_batch(auto_class))
     assert output[1].dtype == dtype and output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss.double(), expected_loss(output, LABELS[auto_class]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss.double(), expected_loss(output, auto_class), rtol=1e-5, atol=1e-5)
     output.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -126,7 +130,7 @@ def rows_for_training(auto_class):
         return [{"input_ids": torch.stack([ids, ids.flip(0)]), "label": i % 2} for i, ids in enumerate(input_ids)]
     if auto_class == "AutoModelForQuestionAnswering":
         return [{"input_ids": ids, "start_positions": i, "end_positions": i + 4} for i, ids in enumerate(input_ids)]
-    bound = 40 if auto_class == "AutoModelForMaskedLM" else 3
+    bound = 3 if auto_class == "AutoModelForTokenClassification" else 40
     labels = torch.randint(0, bound, (8, 12)).masked_fill(torch.arange(12) > torch.arange(8)[:, None], -100)
     return [{"input_ids": ids, "labels": row} for ids, row in zip(input_ids, labels, strict=True)]
 
@@ -220,6 +224,7 @@ def bad_calls():
     zeros, labels = torch.zeros(2, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
     for auto_class, bound in (
+        ("CausalLM", r"vocab_size\) = \[0, 40"),
         ("MaskedLM", r"vocab_size\) = \[0, 40"),
         ("TokenClassification", r"num_labels\) = \[0, 3"),
     ):
