@@ -331,6 +331,7 @@ class HKTCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, more columns than the cache holds, or more than it can restore.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"`tokens_to_remove` must be minus the number of tokens to remove, got {tokens_to_remove}"
