@@ -56,7 +56,7 @@ class HKTModelOutput(BaseModelOutputWithPast):
     """Output of [`HKTModel`].
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(B, T, d)`): hidden states after the last layer norm.
+        last_hidden_state (`torch.Tensor` of shape `(B, T, d)`): hidden states after the last layer and layer norm.
         past_key_values (`Cache`, of a decoder with `use_cache=True`): what the next call continues from.
         hidden_states (`tuple(torch.Tensor)`, with `output_hidden_states=True`): embeddings and the output of each
             layer, `(B, T, d)` each.
@@ -308,14 +308,22 @@ class HKTMLP(nn.Module):
 
 
 class HKTLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer: attention and feed-forward, each with a residual connection."""
+    """Transformer layer: attention and feed-forward, each with a residual connection.
+
+    `config.norm_placement` says whether the layer norms stand before attention and feed-forward ("pre") or after the
+    residual sums ("post", as in BERT).
+    """
 
     def __init__(self, config: HKTConfig, layer_idx: int):
         super().__init__()
         self.self_attn = HKTAttention(config, layer_idx)
         self.mlp = HKTMLP(config)
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm_placement = config.norm_placement
+        if self.norm_placement == "pre":
+            self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if self.norm_placement == "post":
+            self.post_feedforward_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -328,8 +336,9 @@ class HKTLayer(GradientCheckpointingLayer):
         cache_step: CacheStep | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        is_pre_norm = self.norm_placement == "pre"
         attn_output, *_ = self.self_attn(
-            self.input_layernorm(hidden_states),
+            self.input_layernorm(hidden_states) if is_pre_norm else hidden_states,
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             layout=layout,
@@ -338,7 +347,10 @@ class HKTLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + self.dropout(attn_output)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        normalized = self.post_attention_layernorm(hidden_states)
+        residual = hidden_states if is_pre_norm else normalized
+        hidden_states = residual + self.dropout(self.mlp(normalized))
+        return hidden_states if is_pre_norm else self.post_feedforward_layernorm(hidden_states)
 
 
 class HKTPreTrainedModel(PreTrainedModel):
@@ -398,9 +410,14 @@ class HKTModel(HKTPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
             self.rotary_emb = HKTRotaryEmbedding(config)
+        if config.type_vocab_size > 0:
+            self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.norm_placement == "post":
+            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(HKTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.norm_placement == "pre":
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -410,6 +427,7 @@ class HKTModel(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -427,6 +445,8 @@ class HKTModel(HKTPreTrainedModel):
                 side of the batch; with a cache `(B, cached + T)`. Or `(1 or B, 1 or H, T, cached + T)`, bool (True =
                 attend) or additive: it replaces the mask of the scores (eager and sdpa only). The coarser levels'
                 features still mix neighbouring tokens, so it can't keep sequences apart.
+            token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): which part of a pair a token belongs to,
+                in `[0, type_vocab_size)`; all 0 by default. A model without token types takes only zeros.
             position_ids (`torch.LongTensor` of shape `(B, T)` or `(1, T)`, *optional*): by default they count from the
                 first real token of a row. Where they restart at 0 a new sequence begins: packed sequences do not
                 attend to each other.
@@ -441,8 +461,8 @@ class HKTModel(HKTPreTrainedModel):
             [`HKTModelOutput`]
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`, a token id outside the vocabulary, a sequence
-                longer than the position table, a mask of another shape, with gaps, or with padding on both sides,
+            ValueError: both or none of `input_ids` and `inputs_embeds`, a token id or type outside its vocabulary, a
+                sequence longer than the position table, a mask of another shape, with gaps, or with padding on both sides,
                 position ids that neither count on nor restart at 0, a cache for an encoder, a cache that can't hold
                 several levels, or a mask or positions that do not continue it. Compiled code raises a RuntimeError for
                 a mask with gaps and for packed sequences, when it runs; it does not check token ids.
@@ -456,8 +476,15 @@ class HKTModel(HKTPreTrainedModel):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         past_length = self._check_cache(past_key_values)
         _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, past_length)
+        _check_token_types(
+            self.config, token_type_ids, (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.type_vocab_size > 0:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device)
+            inputs_embeds = inputs_embeds + self.embed_token_types(token_type_ids)
         use_cache = use_cache and self.config.is_decoder and not (self.gradient_checkpointing and self.training)
         if past_key_values is not None or (use_cache and not torch.compiler.is_compiling()):
             past_key_values = prepare_cache(past_key_values, self.config)
@@ -510,7 +537,8 @@ class HKTModel(HKTPreTrainedModel):
             cos, sin = self.rotary_emb(inputs_embeds, torch.cat(block_positions, dim=1))
             sizes = [positions.shape[1] for positions in block_positions]
             position_embeddings = list(zip(cos.split(sizes, dim=1), sin.split(sizes, dim=1), strict=True))
-        hidden_states = self.dropout(inputs_embeds)
+        is_pre_norm = self.config.norm_placement == "pre"
+        hidden_states = self.dropout(inputs_embeds if is_pre_norm else self.embed_norm(inputs_embeds))
 
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = attention_mask
@@ -530,7 +558,9 @@ class HKTModel(HKTPreTrainedModel):
                 cache_step=cache_step,
                 **kwargs,
             )
-        return HKTModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        if is_pre_norm:
+            hidden_states = self.norm(hidden_states)
+        return HKTModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _check_cache(self, past_key_values: Cache | None) -> int:
         """Columns that the cache holds; ValueError where this model can't use it."""
@@ -620,6 +650,7 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -631,8 +662,8 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
         """Score every token of the vocabulary as the next one, at every position.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs: as in
-                [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, past_key_values, inputs_embeds, use_cache, kwargs:
+                as in [`HKTModel.forward`].
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): token ids, -100 to ignore; the loss shifts them.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): logits of the last so many columns, or of
                 these columns; 0 = all.
@@ -649,6 +680,7 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -721,6 +753,7 @@ class HKTForMaskedLM(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -729,7 +762,7 @@ class HKTForMaskedLM(HKTPreTrainedModel):
         """Score every token of the vocabulary at every position.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): the masked tokens' ids, -100 elsewhere.
 
         Returns:
@@ -748,6 +781,7 @@ class HKTForMaskedLM(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
@@ -793,6 +827,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
@@ -801,7 +836,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         """Classify a batch of sequences, one a row.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             labels (`torch.Tensor`, *optional*): int64 `(B,)` in `[0, num_labels)` (or -100 to ignore a row) for one
                 label, `(B, num_labels)` in `[0, 1]` for several labels, `(B,)` or `(B, num_labels)` for regression.
 
@@ -815,6 +850,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
@@ -858,6 +894,7 @@ class HKTForTokenClassification(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -866,7 +903,7 @@ class HKTForTokenClassification(HKTPreTrainedModel):
         """Classify every token.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): classes, or -100 to ignore a token.
 
         Returns:
@@ -878,6 +915,7 @@ class HKTForTokenClassification(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
@@ -918,6 +956,7 @@ class HKTForQuestionAnswering(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
@@ -927,7 +966,7 @@ class HKTForQuestionAnswering(HKTPreTrainedModel):
         """Score every token as the first and as the last of the answer.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             start_positions, end_positions (`torch.LongTensor` of shape `(B,)`, *optional*): columns of the first and of
                 the last token of the answer; columns beyond the sequence are ignored, as everywhere in transformers.
 
@@ -942,6 +981,7 @@ class HKTForQuestionAnswering(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
@@ -984,6 +1024,7 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -993,7 +1034,8 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, C, T)`, *optional*): token ids.
-            attention_mask, position_ids (`torch.Tensor` of shape `(B, C, T)`, *optional*): as in [`HKTModel.forward`].
+            attention_mask, token_type_ids, position_ids (`torch.Tensor` of shape `(B, C, T)`, *optional*): as in
+                [`HKTModel.forward`].
             inputs_embeds (`torch.FloatTensor` of shape `(B, C, T, d)`, *optional*): instead of `input_ids`.
             labels (`torch.LongTensor` of shape `(B,)`, *optional*): the right choice, in `[0, C)`.
             kwargs: as in [`HKTModel.forward`].
@@ -1023,6 +1065,7 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=flat(input_ids),
             attention_mask=attention_mask,
+            token_type_ids=flat(token_type_ids),
             position_ids=position_ids,
             inputs_embeds=flat(inputs_embeds),
             return_dict=True,
@@ -1092,6 +1135,27 @@ def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds
                 f"`position_ids` must have shape {(batch_size, length)} or {(1, length)}, "
                 f"got {tuple(position_ids.shape)}"
             )
+
+
+def _check_token_types(config: HKTConfig, token_type_ids: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if token_type_ids is None:
+        return
+    if tuple(token_type_ids.shape) != tuple(shape):
+        raise ValueError(
+            f"`token_type_ids` must have shape (batch, length) = {tuple(shape)}, got {tuple(token_type_ids.shape)}"
+        )
+    if not values_can_be_read(token_type_ids):
+        return
+    outside = (token_type_ids < 0) | (token_type_ids >= max(config.type_vocab_size, 1))
+    if outside.any():
+        found = token_type_ids[outside][0].item()
+        if config.type_vocab_size == 0:
+            raise ValueError(
+                f"`token_type_ids` must be all 0 in a model without token types (`type_vocab_size` is 0), got {found}"
+            )
+        raise ValueError(
+            f"`token_type_ids` must lie in [0, type_vocab_size) = [0, {config.type_vocab_size}), got {found}"
+        )
 
 
 def _check_score_mask(config, mask, batch_size, length, total) -> None:
