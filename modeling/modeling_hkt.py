@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hkt import CausalDownsample, attend_to_cache, broadcast_padding_mask, dispatch_attention
 from .cache_hkt import CacheStep, HKTCacheLayer, plan_next_step, plan_step, prepare_cache
 from .configuration_hkt import HKTConfig
+from .from_flat_hkt import warm_start
 from .layout_hkt import SequenceLayout, find_layout, values_can_be_read
 
 
@@ -381,6 +382,53 @@ class HKTPreTrainedModel(PreTrainedModel):
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_flat(
+        cls, model_or_path: PreTrainedModel | str | os.PathLike, *, level_0_weight: float = 0.9, **kwargs
+    ) -> "HKTPreTrainedModel":
+        """Start from a pretrained BERT-like encoder: the first forward is the encoder's, training adds resolution (ours).
+
+        Level 0 takes the encoder's weights. The coarser levels take its key projections and query projections of zero,
+        so that their scores are zero at first; the mix gives level 0 the weight `level_0_weight`, and level 0's query
+        projection is divided by it. Hidden states equal the encoder's to rounding for sequences padded on the right
+        (on the left HKT counts positions from the first real token, as RoBERTa does and BERT does not).
+
+        Args:
+            model_or_path (`PreTrainedModel` or `str` or `os.PathLike`): an encoder of the type BERT, RoBERTa, XLM-RoBERTa,
+                CamemBERT, ELECTRA (with `embedding_size == hidden_size`) or DistilBERT, with or without a head, or its
+                path or Hub id. It is left as it is. Its dtype and device are kept.
+            level_0_weight (`float`, *optional*, defaults to 0.9): weight of level 0 in the mix of every head, between 0
+                and 1; the other levels share the rest.
+            kwargs: fields of [`HKTConfig`] that the encoder leaves open, as `num_levels`, `downsample_kernel_size`,
+                `pooling` (the mean by default, which no BERT head uses), dropouts and `num_labels`, and
+                `attn_implementation`. Dropouts, labels and special tokens are the encoder's by default.
+
+        Returns:
+            `cls`, in evaluation mode. A masked-language-model head is taken along into [`HKTForMaskedLM`], which then
+            gives the same logits; so are a classifier of tokens with as many labels and a question-answering head. BERT's
+            sequence classifiers read a pooler, which HKT has not: those heads begin untrained. What is not used and
+            what is new is logged as a warning.
+
+        Raises:
+            ValueError: a model that is not such an encoder (decoders, cross-attention, relative positions, other types),
+                a quantized one or one without values, `level_0_weight` outside (0, 1), an unknown field, or one that
+                contradicts the encoder or the equality (`share_level_projections=True`, `is_decoder=True`).
+
+        Example:
+
+        ```python
+        >>> from transformers import BertConfig, BertModel
+        >>> from hkt_hf import HKTForSequenceClassification
+
+        >>> bert = BertModel(BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2))
+        >>> model = HKTForSequenceClassification.from_flat(bert, num_levels=3, num_labels=5)
+        >>> model.config.norm_placement, model.config.num_levels, model.config.num_labels
+        ('post', 3, 5)
+
+        ```
+        """
+        return warm_start(cls, model_or_path, level_0_weight, kwargs)
 
 
 class HKTModel(HKTPreTrainedModel):
