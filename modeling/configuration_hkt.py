@@ -34,6 +34,9 @@ class HKTConfig(PreTrainedConfig):
             Whether the projections of the attention have biases.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the feed-forward layers, a name in `transformers.activations.ACT2FN`.
+        norm_placement (`str`, *optional*, defaults to `"pre"`):
+            Where the layer norms are: `"pre"`, before attention and feed-forward and after the last layer, or `"post"`,
+            after the embeddings and after each residual sum, as in BERT.
         num_levels (`int`, *optional*, defaults to 3):
             Resolutions `L` (the paper's experiments use 3). Level `l` has `ceil(T / 2**l)` blocks.
         downsample_kernel_size (`int`, *optional*, defaults to 2):
@@ -53,6 +56,8 @@ class HKTConfig(PreTrainedConfig):
             positions.
         max_position_embeddings (`int`, *optional*, defaults to 512):
             Longest sequence: the size of the position table, or what the rotary embedding is laid out for.
+        type_vocab_size (`int`, *optional*, defaults to 0):
+            Number of token types, the rows of the table that `token_type_ids` look up; 0 = no such table.
         pooling (`str`, *optional*, defaults to `"mean"`):
             What a sequence classifier reads: `"mean"` over the real tokens, `"cls"` (the first token) or `"last"`
             (the last real token).
@@ -106,6 +111,7 @@ class HKTConfig(PreTrainedConfig):
     head_dim: int | None = None
     attention_bias: bool = False
     hidden_act: str = "gelu"
+    norm_placement: Literal["pre", "post"] = "pre"
     num_levels: int = interval(min=1)(default=3)
     downsample_kernel_size: int = interval(min=1)(default=2)
     downsample_type: Literal["depthwise", "dense"] = "depthwise"
@@ -114,6 +120,7 @@ class HKTConfig(PreTrainedConfig):
     position_embedding_type: Literal["absolute", "rope"] = "rope"
     rope_parameters: RopeParameters | dict | None = None
     max_position_embeddings: int = interval(min=1)(default=512)
+    type_vocab_size: int = 0
     pooling: Literal["mean", "cls", "last"] = "mean"
     hidden_dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
@@ -133,6 +140,11 @@ class HKTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "absolute":
             self.rope_parameters = None
+        if self.norm_placement == "post":
+            # As the plan that transformers gives every model, with the one norm outside the layers that there is.
+            plan = dict(type(self).base_model_fsdp_plan)
+            plan["embed_norm"] = plan.pop("norm")
+            self.base_model_fsdp_plan = plan
 
     def validate_architecture(self):
         """Check fields against each other; run by `@strict` when the config is made and when it is saved."""
@@ -161,7 +173,9 @@ class HKTConfig(PreTrainedConfig):
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
-        # Not `interval(min=0.0)`: transformers 5.17 reads a lower bound of zero as none.
+        # Not `interval(min=0)`: transformers 5.17 reads a lower bound of zero as none.
+        if self.type_vocab_size < 0:
+            raise ValueError(f"`type_vocab_size` must be at least 0, got {self.type_vocab_size}")
         for name in (
             "hidden_dropout",
             "attention_dropout",

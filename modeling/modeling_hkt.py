@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hkt import CausalDownsample, attend_to_cache, broadcast_padding_mask, dispatch_attention
 from .cache_hkt import CacheStep, HKTCacheLayer, plan_next_step, plan_step, prepare_cache
 from .configuration_hkt import HKTConfig
+from .from_flat_hkt import warm_start
 from .layout_hkt import SequenceLayout, find_layout, values_can_be_read
 
 
@@ -56,7 +57,7 @@ class HKTModelOutput(BaseModelOutputWithPast):
     """Output of [`HKTModel`].
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(B, T, d)`): hidden states after the last layer norm.
+        last_hidden_state (`torch.Tensor` of shape `(B, T, d)`): hidden states after the last layer and layer norm.
         past_key_values (`Cache`, of a decoder with `use_cache=True`): what the next call continues from.
         hidden_states (`tuple(torch.Tensor)`, with `output_hidden_states=True`): embeddings and the output of each
             layer, `(B, T, d)` each.
@@ -312,14 +313,22 @@ class HKTMLP(nn.Module):
 
 
 class HKTLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer: attention and feed-forward, each with a residual connection."""
+    """Transformer layer: attention and feed-forward, each with a residual connection.
+
+    `config.norm_placement` says whether the layer norms stand before attention and feed-forward ("pre") or after the
+    residual sums ("post", as in BERT).
+    """
 
     def __init__(self, config: HKTConfig, layer_idx: int):
         super().__init__()
         self.self_attn = HKTAttention(config, layer_idx)
         self.mlp = HKTMLP(config)
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm_placement = config.norm_placement
+        if self.norm_placement == "pre":
+            self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if self.norm_placement == "post":
+            self.post_feedforward_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -332,8 +341,9 @@ class HKTLayer(GradientCheckpointingLayer):
         cache_step: CacheStep | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        is_pre_norm = self.norm_placement == "pre"
         attn_output, *_ = self.self_attn(
-            self.input_layernorm(hidden_states),
+            self.input_layernorm(hidden_states) if is_pre_norm else hidden_states,
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             layout=layout,
@@ -342,7 +352,10 @@ class HKTLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + self.dropout(attn_output)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        normalized = self.post_attention_layernorm(hidden_states)
+        residual = hidden_states if is_pre_norm else normalized
+        hidden_states = residual + self.dropout(self.mlp(normalized))
+        return hidden_states if is_pre_norm else self.post_feedforward_layernorm(hidden_states)
 
 
 class HKTPreTrainedModel(PreTrainedModel):
@@ -375,6 +388,53 @@ class HKTPreTrainedModel(PreTrainedModel):
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    @classmethod
+    def from_flat(
+        cls, model_or_path: PreTrainedModel | str | os.PathLike, *, level_0_weight: float = 0.9, **kwargs
+    ) -> "HKTPreTrainedModel":
+        """Start from a pretrained BERT-like encoder: the first forward is the encoder's, training adds resolution (ours).
+
+        Level 0 takes the encoder's weights. The coarser levels take its key projections and query projections of zero,
+        so that their scores are zero at first; the mix gives level 0 the weight `level_0_weight`, and level 0's query
+        projection is divided by it. Hidden states equal the encoder's to rounding for sequences padded on the right
+        (on the left HKT counts positions from the first real token, as RoBERTa does and BERT does not).
+
+        Args:
+            model_or_path (`PreTrainedModel` or `str` or `os.PathLike`): an encoder of the type BERT, RoBERTa, XLM-RoBERTa,
+                CamemBERT, ELECTRA (with `embedding_size == hidden_size`) or DistilBERT, with or without a head, or its
+                path or Hub id. It is left as it is. Its dtype and device are kept.
+            level_0_weight (`float`, *optional*, defaults to 0.9): weight of level 0 in the mix of every head, between 0
+                and 1; the other levels share the rest.
+            kwargs: fields of [`HKTConfig`] that the encoder leaves open, as `num_levels`, `downsample_kernel_size`,
+                `pooling` (the mean by default, which no BERT head uses), dropouts and `num_labels`, and
+                `attn_implementation`. Dropouts, labels and special tokens are the encoder's by default.
+
+        Returns:
+            `cls`, in evaluation mode. A masked-language-model head is taken along into [`HKTForMaskedLM`], which then
+            gives the same logits; so are a classifier of tokens with as many labels and a question-answering head. BERT's
+            sequence classifiers read a pooler, which HKT has not: those heads begin untrained. What is not used and
+            what is new is logged as a warning.
+
+        Raises:
+            ValueError: a model that is not such an encoder (decoders, cross-attention, relative positions, other types),
+                a quantized one or one without values, `level_0_weight` outside (0, 1), an unknown field, or one that
+                contradicts the encoder or the equality (`share_level_projections=True`, `is_decoder=True`).
+
+        Example:
+
+        ```python
+        >>> from transformers import BertConfig, BertModel
+        >>> from hkt_hf import HKTForSequenceClassification
+
+        >>> bert = BertModel(BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2))
+        >>> model = HKTForSequenceClassification.from_flat(bert, num_levels=3, num_labels=5)
+        >>> model.config.norm_placement, model.config.num_levels, model.config.num_labels
+        ('post', 3, 5)
+
+        ```
+        """
+        return warm_start(cls, model_or_path, level_0_weight, kwargs)
+
 
 class HKTModel(HKTPreTrainedModel):
     """HKT without a head, token ids to hidden states: an encoder, or with `config.is_decoder` a causal decoder.
@@ -403,9 +463,14 @@ class HKTModel(HKTPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
             self.rotary_emb = HKTRotaryEmbedding(config)
+        if config.type_vocab_size > 0:
+            self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.norm_placement == "post":
+            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(HKTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.norm_placement == "pre":
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -415,6 +480,7 @@ class HKTModel(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -432,6 +498,8 @@ class HKTModel(HKTPreTrainedModel):
                 side of the batch; with a cache `(B, cached + T)`. Or `(1 or B, 1 or H, T, cached + T)`, bool (True =
                 attend) or additive: it replaces the mask of the scores (eager and sdpa only). The coarser levels'
                 features still mix neighbouring tokens, so it can't keep sequences apart.
+            token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): which part of a pair a token belongs to,
+                in `[0, type_vocab_size)`; all 0 by default. A model without token types takes only zeros.
             position_ids (`torch.LongTensor` of shape `(B, T)` or `(1, T)`, *optional*): by default they count from the
                 first real token of a row. Where they restart at 0 a new sequence begins: packed sequences do not
                 attend to each other.
@@ -446,8 +514,8 @@ class HKTModel(HKTPreTrainedModel):
             [`HKTModelOutput`]
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`, a token id outside the vocabulary, a sequence
-                longer than the position table, a mask of another shape, with gaps, or with padding on both sides,
+            ValueError: both or none of `input_ids` and `inputs_embeds`, a token id or type outside its vocabulary, a
+                sequence longer than the position table, a mask of another shape, with gaps, or with padding on both sides,
                 position ids that neither count on nor restart at 0, a cache for an encoder, a cache that can't hold
                 several levels, or a mask or positions that do not continue it. Compiled code raises a RuntimeError for
                 a mask with gaps and for packed sequences, when it runs; it does not check token ids.
@@ -461,8 +529,15 @@ class HKTModel(HKTPreTrainedModel):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         past_length = self._check_cache(past_key_values)
         _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, past_length)
+        _check_token_types(
+            self.config, token_type_ids, (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.type_vocab_size > 0:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device)
+            inputs_embeds = inputs_embeds + self.embed_token_types(token_type_ids)
         use_cache = use_cache and self.config.is_decoder and not (self.gradient_checkpointing and self.training)
         if past_key_values is not None or (use_cache and not torch.compiler.is_compiling()):
             past_key_values = prepare_cache(past_key_values, self.config)
@@ -515,7 +590,8 @@ class HKTModel(HKTPreTrainedModel):
             cos, sin = self.rotary_emb(inputs_embeds, torch.cat(block_positions, dim=1))
             sizes = [positions.shape[1] for positions in block_positions]
             position_embeddings = list(zip(cos.split(sizes, dim=1), sin.split(sizes, dim=1), strict=True))
-        hidden_states = self.dropout(inputs_embeds)
+        is_pre_norm = self.config.norm_placement == "pre"
+        hidden_states = self.dropout(inputs_embeds if is_pre_norm else self.embed_norm(inputs_embeds))
 
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = attention_mask
@@ -535,7 +611,9 @@ class HKTModel(HKTPreTrainedModel):
                 cache_step=cache_step,
                 **kwargs,
             )
-        return HKTModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        if is_pre_norm:
+            hidden_states = self.norm(hidden_states)
+        return HKTModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _check_cache(self, past_key_values: Cache | None) -> int:
         """Columns that the cache holds; ValueError where this model can't use it."""
@@ -625,6 +703,7 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -636,8 +715,8 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
         """Score every token of the vocabulary as the next one, at every position.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs: as in
-                [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, past_key_values, inputs_embeds, use_cache, kwargs:
+                as in [`HKTModel.forward`].
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): token ids, -100 to ignore; the loss shifts them.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): logits of the last so many columns, or of
                 these columns; 0 = all.
@@ -652,6 +731,7 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -724,6 +804,7 @@ class HKTForMaskedLM(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -732,7 +813,7 @@ class HKTForMaskedLM(HKTPreTrainedModel):
         """Score every token of the vocabulary at every position.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): the masked tokens' ids, -100 elsewhere.
 
         Returns:
@@ -745,6 +826,7 @@ class HKTForMaskedLM(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
@@ -790,6 +872,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
@@ -798,7 +881,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         """Classify a batch of sequences, one a row.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             labels (`torch.Tensor`, *optional*): int64 `(B,)` in `[0, num_labels)` (or -100 to ignore a row) for one
                 label, `(B, num_labels)` in `[0, 1]` for several labels, `(B,)` or `(B, num_labels)` for regression.
 
@@ -817,6 +900,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
@@ -856,6 +940,7 @@ class HKTForTokenClassification(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -864,7 +949,7 @@ class HKTForTokenClassification(HKTPreTrainedModel):
         """Classify every token.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): classes, or -100 to ignore a token.
 
         Returns:
@@ -877,6 +962,7 @@ class HKTForTokenClassification(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
@@ -916,6 +1002,7 @@ class HKTForQuestionAnswering(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
@@ -925,7 +1012,7 @@ class HKTForQuestionAnswering(HKTPreTrainedModel):
         """Score every token as the first and as the last of the answer.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, kwargs: as in [`HKTModel.forward`].
             start_positions, end_positions (`torch.LongTensor` of shape `(B,)`, *optional*): columns of the first and of
                 the last token of the answer; columns beyond the input (a truncated answer) are ignored, as everywhere
                 in transformers.
@@ -948,6 +1035,7 @@ class HKTForQuestionAnswering(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
@@ -991,6 +1079,7 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -1000,7 +1089,8 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, C, T)`, *optional*): token ids.
-            attention_mask, position_ids (`torch.Tensor` of shape `(B, C, T)`, *optional*): as in [`HKTModel.forward`].
+            attention_mask, token_type_ids, position_ids (`torch.Tensor` of shape `(B, C, T)`, *optional*): as in
+                [`HKTModel.forward`].
             inputs_embeds (`torch.FloatTensor` of shape `(B, C, T, d)`, *optional*): instead of `input_ids`.
             labels (`torch.LongTensor` of shape `(B,)`, *optional*): the right choice, in `[0, C)`, or -100 to ignore a
                 question.
@@ -1037,6 +1127,7 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
         outputs = self.model(
             input_ids=flat(input_ids),
             attention_mask=attention_mask,
+            token_type_ids=flat(token_type_ids),
             position_ids=position_ids,
             inputs_embeds=flat(inputs_embeds),
             return_dict=True,
@@ -1106,6 +1197,27 @@ def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds
                 f"`position_ids` must have shape {(batch_size, length)} or {(1, length)}, "
                 f"got {tuple(position_ids.shape)}"
             )
+
+
+def _check_token_types(config: HKTConfig, token_type_ids: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if token_type_ids is None:
+        return
+    if tuple(token_type_ids.shape) != tuple(shape):
+        raise ValueError(
+            f"`token_type_ids` must have shape (batch, length) = {tuple(shape)}, got {tuple(token_type_ids.shape)}"
+        )
+    if not values_can_be_read(token_type_ids):
+        return
+    outside = (token_type_ids < 0) | (token_type_ids >= max(config.type_vocab_size, 1))
+    if outside.any():
+        found = token_type_ids[outside][0].item()
+        if config.type_vocab_size == 0:
+            raise ValueError(
+                f"`token_type_ids` must be all 0 in a model without token types (`type_vocab_size` is 0), got {found}"
+            )
+        raise ValueError(
+            f"`token_type_ids` must lie in [0, type_vocab_size) = [0, {config.type_vocab_size}), got {found}"
+        )
 
 
 def _check_score_mask(config, mask, batch_size, length, total) -> None:

@@ -1,6 +1,7 @@
 """The models: equalities with BERT and across batches, saving, losses, recording, and what they refuse."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from hkt_hf import HKTConfig, HKTForSequenceClassification, HKTModel
+from hkt_hf import HKTConfig, HKTForCausalLM, HKTForSequenceClassification, HKTModel
 from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, HKTAttention, pool
 
 
@@ -419,6 +420,8 @@ def test_input_embeddings_are_found():
         ("layer_norm_eps", {"layer_norm_eps": -1.0}),
         ("vocab_size", {"vocab_size": 0}),
         ("pad_token_id", {"pad_token_id": 40}),
+        ("norm_placement", {"norm_placement": "sandwich"}),
+        ("type_vocab_size", {"type_vocab_size": -1}),
     ],
 )
 def test_bad_configs_name_the_field(field, kwargs):
@@ -465,6 +468,8 @@ def bad_calls():
     yield "`inputs_embeds` must have shape", {"inputs_embeds": torch.ones(2, 6)}
     yield "`position_ids` must have shape", {"input_ids": ids, "position_ids": torch.arange(6)}
     yield "`is_causal`", {"input_ids": ids, "is_causal": True}
+    yield "`token_type_ids` must be all 0 .* got 1", {"input_ids": ids, "token_type_ids": ids.new_ones(2, 6)}
+    yield "`token_type_ids` must have shape", {"input_ids": ids, "token_type_ids": ids.new_zeros(2, 5)}
 
 
 @pytest.mark.parametrize(("message", "kwargs"), list(bad_calls()))
@@ -487,6 +492,66 @@ def test_labels_that_do_not_fit_the_problem_are_refused(problem_type, labels, me
     model = HKTForSequenceClassification(tiny_config(problem_type=problem_type))
     with pytest.raises(ValueError, match=f"`labels` {message}"):
         model(torch.randint(5, 40, (2, 6)), labels=labels)
+
+
+def test_token_types_outside_their_table_are_refused():
+    model = HKTModel(tiny_config(type_vocab_size=2))
+    for value in (2, -1):
+        with pytest.raises(ValueError, match=rf"`token_type_ids` must lie in .* = \[0, 2\), got {value}"):
+            model(torch.tensor([[5, 6]]), token_type_ids=torch.tensor([[0, value]]))
+
+
+@pytest.mark.parametrize("auto_class", sorted(AUTO_CLASSES))
+def test_every_class_takes_token_types(auto_class):
+    """They matter where there is a table, none means zeros, and zeros pass where there is no table."""
+    import hkt_hf
+
+    model_class = getattr(hkt_hf, AUTO_CLASSES[auto_class])
+    input_ids, attention_mask = right_padded_batch([9, 4], 9)
+    types = torch.arange(9).ge(3).long().expand(2, -1)
+    if auto_class == "AutoModelForMultipleChoice":
+        input_ids, attention_mask, types = input_ids[:, None], attention_mask[:, None], types[:, None]
+    is_decoder = auto_class == "AutoModelForCausalLM"
+    model = randomize(model_class(tiny_config(type_vocab_size=2, is_decoder=is_decoder)))
+    plain = model(input_ids, attention_mask)[0]
+    assert torch.equal(model(input_ids, attention_mask, token_type_ids=types * 0)[0], plain)
+    assert (model(input_ids, attention_mask, token_type_ids=types)[0] - plain).abs().amax() > 1e-3
+    model = randomize(model_class(tiny_config(is_decoder=is_decoder)))
+    assert torch.equal(
+        model(input_ids, attention_mask, token_type_ids=types * 0)[0], model(input_ids, attention_mask)[0]
+    )
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_post_norm_decoder_with_token_types_generates_what_it_scores(positions):
+    config = tiny_config(
+        is_decoder=True, norm_placement="post", type_vocab_size=2, position_embedding_type=positions, vocab_size=40
+    )
+    model = randomize(HKTForCausalLM(config))
+    input_ids = torch.randint(5, 40, (2, 7))
+    types = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
+    inputs = {"input_ids": input_ids, "token_type_ids": types, "attention_mask": torch.ones_like(input_ids)}
+    settings = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    output = model.generate(**inputs, **settings, return_dict_in_generate=True)
+    types = torch.cat([types, types[:, -1:].expand(-1, 9)], dim=1)
+    with torch.no_grad():
+        expected = model(output.sequences, token_type_ids=types).logits[:, 6:-1]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_norms_stand_where_the_config_says(placement):
+    """Post-norm hidden states are normalised, each of them; of the pre-norm ones only the last is."""
+    model = HKTModel(tiny_config(norm_placement=placement)).eval()
+    states = model(torch.randint(5, 40, (2, 9)), output_hidden_states=True).hidden_states
+    normalised = [
+        bool((state.mean(-1).abs() < 1e-5).all() and (state.std(-1) - 1).abs().max() < 0.1) for state in states
+    ]
+    assert normalised == ([True] * 3 if placement == "post" else [False, False, True])
+    # What the FSDP plan names is there.
+    modules = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
+    assert set(model.config.base_model_fsdp_plan) <= modules
+    assert set(HKTModel(HKTConfig.from_dict(model.config.to_dict())).config.base_model_fsdp_plan) <= modules
 
 
 def test_int32_labels_are_class_labels():
