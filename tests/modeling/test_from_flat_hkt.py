@@ -380,7 +380,7 @@ def test_the_real_encoder_learns_through_all_its_levels(real):
             for projection in layer.self_attn.q_proj[1:]:
                 projection.weight.zero_()
                 projection.bias.zero_()
-        assert (model(**batch).logits - trained).abs().max() > 1e-3  # the coarse levels have a say
+        assert (model(**batch).logits - trained).abs().max() > 1e-4  # the coarse levels have a say
 
 
 # --- Where the project is not installed -------------------------------------------------------------------------------
