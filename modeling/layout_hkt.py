@@ -152,7 +152,9 @@ def check_contiguous(real: torch.Tensor) -> None:
 
 
 def _is_contiguous(real: torch.Tensor) -> torch.Tensor:
-    return ((real[:, 1:] & ~real[:, :-1]).sum(dim=1) + real[:, 0]) <= 1
+    first = real.long().argmax(dim=1, keepdim=True)
+    counted = torch.arange(real.shape[1], device=real.device) - first
+    return real == ((counted >= 0) & (counted < real.sum(dim=1, keepdim=True)))
 
 
 def values_can_be_read(tensor: torch.Tensor) -> bool:

@@ -505,11 +505,11 @@ class HKTModel(HKTPreTrainedModel):
             positions = positions.clamp(max=self.config.max_position_embeddings - 1)  # of padded columns
             inputs_embeds = inputs_embeds + self.embed_positions(positions)
         elif past_length == 0:
-            # A block has the position of its first token.
-            cos, sin = self.rotary_emb(inputs_embeds, positions)
-            position_embeddings = [
-                (cos[:, :: 2**level], sin[:, :: 2**level]) for level in range(self.config.num_levels)
-            ]
+            position_embeddings = [self.rotary_emb(inputs_embeds, positions)]
+            for _ in range(1, self.config.num_levels):
+                # A block has the position of its first token.
+                cos, sin = position_embeddings[-1]
+                position_embeddings.append((cos[:, ::2], sin[:, ::2]))
         else:
             block_positions = cache_step.block_positions()
             cos, sin = self.rotary_emb(inputs_embeds, torch.cat(block_positions, dim=1))
