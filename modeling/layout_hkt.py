@@ -58,9 +58,11 @@ def rolled_layout(real: torch.Tensor) -> SequenceLayout:
     columns = torch.arange(length, device=real.device)
     first = real.long().argmax(dim=1, keepdim=True)
     rows = torch.arange(batch_size, device=real.device)[:, None] * length
+    behind, ahead = columns + first, columns - first
+    # Not modulo `length`: ONNX has no remainder by a dynamic size.
     return SequenceLayout(
-        gather_index=rows + (columns + first) % length,
-        scatter_index=rows + (columns - first) % length,
+        gather_index=rows + torch.where(behind < length, behind, behind - length),
+        scatter_index=rows + torch.where(ahead >= 0, ahead, ahead + length),
         mask=columns < real.sum(dim=1, keepdim=True),
     )
 

@@ -501,7 +501,7 @@ class HKTModel(HKTPreTrainedModel):
                     "tokenizer"
                 )
             if layout is not None:
-                positions = positions.expand(len(layout.mask), -1).flatten()[layout.scatter_index]
+                positions = positions.expand(layout.mask.shape[0], -1).flatten()[layout.scatter_index]
             positions = positions.clamp(max=self.config.max_position_embeddings - 1)  # of padded columns
             inputs_embeds = inputs_embeds + self.embed_positions(positions)
         elif past_length == 0:
@@ -522,7 +522,7 @@ class HKTModel(HKTPreTrainedModel):
         elif past_length > 0:
             mask = cache_step.causal_mask()
         elif self.config.is_decoder:
-            mask = self._causal_mask(hidden_states, batch_size if layout is None else len(layout.mask), length)
+            mask = self._causal_mask(hidden_states, batch_size if layout is None else layout.mask.shape[0], length)
         else:
             mask = self._attention_mask(hidden_states, attention_mask if layout is None else layout.mask)
         for layer in self.layers:
