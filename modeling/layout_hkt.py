@@ -37,7 +37,12 @@ class SequenceLayout(NamedTuple):
         return self.scatter_index % self.mask.shape[1]
 
     def weights_to_rows(self, weights: torch.Tensor) -> torch.Tensor:
-        """Attention weights `(S, H, M, M)` to `(B, H, T, T)`, zero between sequences and for padded keys."""
+        """Attention weights `(S, H, M, M)` to `(B, H, T, T)`, zero between sequences and for padded keys.
+
+        What flex attention returns in their place on a GPU, `(S, H, M)`, becomes `(B, H, T)`.
+        """
+        if weights.dim() == 3:
+            return self.to_rows(weights.transpose(1, 2)).transpose(1, 2)
         sequence, column = self.scatter_index // self.mask.shape[1], self.positions()
         picked = weights.permute(0, 2, 3, 1)[sequence[:, :, None], column[:, :, None], column[:, None, :]]
         together = sequence[:, :, None] == sequence[:, None, :]
