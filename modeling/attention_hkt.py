@@ -72,11 +72,11 @@ class CausalDownsample(nn.Module):
 
     def continue_from(self, padded: torch.Tensor) -> torch.Tensor:
         """As `forward`, with `K - 1` earlier inputs in front: `(B, K - 1 + T, d)` to `(B, ceil(T / 2), d)`."""
-        num_blocks = (padded.shape[1] - self.kernel_size + 2) // 2
+        history = self.kernel_size - 1
+        length = padded.shape[1] - history
         output = None
         for tap in range(self.kernel_size):
-            start = self.kernel_size - 1 - tap
-            inputs = padded[:, start : start + 2 * num_blocks : 2]
+            inputs = padded.narrow(1, history - tap, length)[:, ::2]
             term = inputs * self.weight[tap] if self.downsample_type == "depthwise" else inputs @ self.weight[tap]
             output = term if output is None else output + term
         return output
@@ -97,6 +97,10 @@ def upsample(blocks: torch.Tensor, level: int, length: int, dim: int) -> torch.T
     """
     if level == 0:
         return blocks
+    if torch.compiler.is_compiling():
+        # Repeating and cutting would bind a graph to the lengths that leave the same remainder modulo `2**level`.
+        return blocks.index_select(dim, torch.arange(length, device=blocks.device) // 2**level)
+    # Without a compiler this is several times faster along the last dimension, and its gradient needs no atomics.
     return blocks.repeat_interleave(2**level, dim=dim).narrow(dim, 0, length)
 
 
@@ -121,8 +125,12 @@ def hierarchical_scores(
         ValueError: shapes or dtypes that do not belong together (the message names the argument).
     """
     _check_levels(queries, keys, level_weights)
+    return _scores(queries, keys, level_weights, _default_scale(queries, scale))
+
+
+def _scores(queries, keys, level_weights, scale: float) -> torch.Tensor:
     length = queries[0].shape[-2]
-    weights = _factors(queries, level_weights, _default_scale(queries, scale))
+    weights = _factors(queries, level_weights, scale)
     scores = None
     for level, (weight, query, key) in enumerate(zip(weights, queries, keys, strict=True)):
         level_scores = (weight * query) @ key.transpose(-1, -2)
@@ -155,6 +163,10 @@ def lift(
         ValueError: shapes or dtypes that do not belong together (the message names the argument).
     """
     _check_levels(queries, keys, level_weights)
+    return _lift(queries, keys, level_weights, scale)
+
+
+def _lift(queries, keys, level_weights, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     length = queries[0].shape[-2]
     weights = _factors(queries, level_weights, scale)
     weighted = [weight * query for weight, query in zip(weights, queries, strict=True)]
@@ -220,12 +232,12 @@ def _eager_backend(queries, keys, value, level_weights, key_padding_mask, is_cau
         length = value.shape[-2]
         causal_mask = torch.ones(length, length, dtype=torch.bool, device=value.device).tril()
         mask = causal_mask if mask is None else mask & causal_mask
-    scores = hierarchical_scores(queries, keys, level_weights, scale)
+    scores = _scores(queries, keys, level_weights, scale)
     return _attend(scores, value, mask, dropout_p)[0]
 
 
 def _lifted_backend(queries, keys, value, level_weights, key_padding_mask, is_causal, scale, dropout_p):
-    query, key = lift(queries, keys, level_weights, scale)
+    query, key = _lift(queries, keys, level_weights, scale)
     mask = None
     if key_padding_mask is not None and is_causal:
         # PyTorch takes a mask or `is_causal`, not both. The mask becomes one more feature of the scores instead of a
@@ -291,10 +303,10 @@ def dispatch_attention(
         `tuple[torch.Tensor, torch.Tensor | None]`: output `(B, T, H, p)` and, in eager, weights `(B, H, T, T)`.
     """
     if attention_interface is None:
-        scores = hierarchical_scores(queries, keys, level_weights, scaling)
+        scores = _scores(queries, keys, level_weights, scaling)
         output, weights = _attend(scores, value, attention_mask, dropout)
         return output.transpose(1, 2), weights
-    query, key = lift(queries, keys, level_weights, scaling)
+    query, key = _lift(queries, keys, level_weights, scaling)
     lifted = [query, key, _widen(value, query.shape[-1])]
     if layout is not None:
         lifted = [layout.to_rows(states.transpose(1, 2)).transpose(1, 2) for states in lifted]

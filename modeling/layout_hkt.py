@@ -37,7 +37,12 @@ class SequenceLayout(NamedTuple):
         return self.scatter_index % self.mask.shape[1]
 
     def weights_to_rows(self, weights: torch.Tensor) -> torch.Tensor:
-        """Attention weights `(S, H, M, M)` to `(B, H, T, T)`, zero between sequences and for padded keys."""
+        """Attention weights `(S, H, M, M)` to `(B, H, T, T)`, zero between sequences and for padded keys.
+
+        What flex attention returns in their place on a GPU, `(S, H, M)`, becomes `(B, H, T)`.
+        """
+        if weights.dim() == 3:
+            return self.to_rows(weights.transpose(1, 2)).transpose(1, 2)
         sequence, column = self.scatter_index // self.mask.shape[1], self.positions()
         picked = weights.permute(0, 2, 3, 1)[sequence[:, :, None], column[:, :, None], column[:, None, :]]
         together = sequence[:, :, None] == sequence[:, None, :]
@@ -58,9 +63,11 @@ def rolled_layout(real: torch.Tensor) -> SequenceLayout:
     columns = torch.arange(length, device=real.device)
     first = real.long().argmax(dim=1, keepdim=True)
     rows = torch.arange(batch_size, device=real.device)[:, None] * length
+    behind, ahead = columns + first, columns - first
+    # Not modulo `length`: ONNX has no remainder by a dynamic size.
     return SequenceLayout(
-        gather_index=rows + (columns + first) % length,
-        scatter_index=rows + (columns - first) % length,
+        gather_index=rows + torch.where(behind < length, behind, behind - length),
+        scatter_index=rows + torch.where(ahead >= 0, ahead, ahead + length),
         mask=columns < real.sum(dim=1, keepdim=True),
     )
 
@@ -152,7 +159,9 @@ def check_contiguous(real: torch.Tensor) -> None:
 
 
 def _is_contiguous(real: torch.Tensor) -> torch.Tensor:
-    return ((real[:, 1:] & ~real[:, :-1]).sum(dim=1) + real[:, 0]) <= 1
+    first = real.long().argmax(dim=1, keepdim=True)
+    counted = torch.arange(real.shape[1], device=real.device) - first
+    return real == ((counted >= 0) & (counted < real.sum(dim=1, keepdim=True)))
 
 
 def values_can_be_read(tensor: torch.Tensor) -> bool:

@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hkt import CausalDownsample, attend_to_cache, broadcast_padding_mask, dispatch_attention
@@ -50,6 +50,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_hkt.HKTConfig",
     **{auto_class: f"modeling_hkt.{name}" for auto_class, name in AUTO_CLASSES.items()},
 }
+
+MAX_FLASH_WIDTH = 256
+"""Widest head that the kernels of flash attention take; lifted queries and keys have `num_levels * head_dim` features."""
 
 
 @dataclass
@@ -367,12 +370,27 @@ class HKTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HKTLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": HKTLayer,
         "attentions": HKTAttention,
         "level_weights": OutputRecorder(HKTAttention, index=2),
     }
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        """As in transformers; ValueError where the heads are too wide for flash attention."""
+        width = self.config.num_levels * self.config.head_dim
+        wants_flash = is_flash_attention_requested(requested_attention_implementation=attn_implementation)
+        if wants_flash and width > MAX_FLASH_WIDTH:
+            raise ValueError(
+                f"`attn_implementation` {attn_implementation!r} takes heads of at most {MAX_FLASH_WIDTH} features, and "
+                f"those of this model have `num_levels` * `head_dim` = {self.config.num_levels} * "
+                f"{self.config.head_dim} = {width}: use 'sdpa' or 'flex_attention'"
+            )
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -518,7 +536,9 @@ class HKTModel(HKTPreTrainedModel):
                 sequence longer than the position table, a mask of another shape, with gaps, or with padding on both sides,
                 position ids that neither count on nor restart at 0, a cache for an encoder, a cache that can't hold
                 several levels, or a mask or positions that do not continue it. Compiled code raises a RuntimeError for
-                a mask with gaps and for packed sequences, when it runs; it does not check token ids.
+                a mask with gaps and for packed sequences, when it runs; it does not check token ids. An exported
+                program serves every batch size and every length from `2**(num_levels - 1) + 1` on (pad what is
+                shorter); ONNX keeps none of these checks.
         """
         if "is_causal" in kwargs:
             raise ValueError(
@@ -576,15 +596,15 @@ class HKTModel(HKTPreTrainedModel):
                     "tokenizer"
                 )
             if layout is not None:
-                positions = positions.expand(len(layout.mask), -1).flatten()[layout.scatter_index]
+                positions = positions.expand(layout.mask.shape[0], -1).flatten()[layout.scatter_index]
             positions = positions.clamp(max=self.config.max_position_embeddings - 1)  # of padded columns
             inputs_embeds = inputs_embeds + self.embed_positions(positions)
         elif past_length == 0:
-            # A block has the position of its first token.
-            cos, sin = self.rotary_emb(inputs_embeds, positions)
-            position_embeddings = [
-                (cos[:, :: 2**level], sin[:, :: 2**level]) for level in range(self.config.num_levels)
-            ]
+            position_embeddings = [self.rotary_emb(inputs_embeds, positions)]
+            for _ in range(1, self.config.num_levels):
+                # A block has the position of its first token.
+                cos, sin = position_embeddings[-1]
+                position_embeddings.append((cos[:, ::2], sin[:, ::2]))
         else:
             block_positions = cache_step.block_positions()
             cos, sin = self.rotary_emb(inputs_embeds, torch.cat(block_positions, dim=1))
@@ -598,7 +618,7 @@ class HKTModel(HKTPreTrainedModel):
         elif past_length > 0:
             mask = cache_step.causal_mask()
         elif self.config.is_decoder:
-            mask = self._causal_mask(hidden_states, batch_size if layout is None else len(layout.mask), length)
+            mask = self._causal_mask(hidden_states, batch_size if layout is None else layout.mask.shape[0], length)
         else:
             mask = self._attention_mask(hidden_states, attention_mask if layout is None else layout.mask)
         for layer in self.layers:
@@ -686,6 +706,7 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _can_compile_fullgraph = False  # without a cache it can; a step with one reads how many tokens each row has
 
     def __init__(self, config: HKTConfig):
         if not config.is_decoder:

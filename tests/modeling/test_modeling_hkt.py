@@ -52,24 +52,6 @@ def test_one_level_with_biases_is_bert_self_attention(implementation, padded):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("num_levels", [1, 3])
-def test_eager_and_sdpa_agree_with_gradients(positions, share, num_levels):
-    config = tiny_config(position_embedding_type=positions, share_level_projections=share, num_levels=num_levels)
-    model = randomize(HKTForSequenceClassification(config))
-    input_ids, attention_mask = right_padded_batch([17, 9, 1], 17)
-    results = []
-    for implementation in IMPLEMENTATIONS:
-        model.set_attn_implementation(implementation)
-        model.zero_grad()
-        output = model(input_ids, attention_mask=attention_mask, labels=torch.tensor([0, 1, 2]))
-        output.loss.backward()
-        results.append([output.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-    for eager, sdpa in zip(*results, strict=True):
-        torch.testing.assert_close(sdpa, eager, rtol=1e-4, atol=1e-5)
-
-
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     padding=st.integers(0, 9),
