@@ -1,6 +1,7 @@
 """Warm start from flat encoders: equal at first, trainable at every level, an ordinary model afterwards."""
 
 import copy
+import logging
 import re
 from pathlib import Path
 
@@ -157,9 +158,9 @@ def test_dropout_falls_where_it_falls_in_bert(family, num_levels):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", sorted(FLAT_FAMILIES))
-def test_a_masked_language_model_keeps_its_logits(family, tied, caplog):
+def test_a_masked_language_model_keeps_its_logits(family, tied):
     flat = flat_model(family, "ForMaskedLM", tie_word_embeddings=tied).double()
-    model, report = from_flat_with_report(caplog, HKTForMaskedLM, flat)
+    model, report = from_flat_with_report(HKTForMaskedLM, flat)
     batch = batch_for(flat, [13, 5])
     with torch.no_grad():
         assert_same_at_real_tokens(model(**batch).logits, flat(**batch).logits, batch["attention_mask"], atol=1e-9)
@@ -167,23 +168,24 @@ def test_a_masked_language_model_keeps_its_logits(family, tied, caplog):
     assert "newly initialised" not in report
 
 
-def from_flat_with_report(caplog, model_class, *args, **kwargs):
+def from_flat_with_report(model_class, *args, **kwargs):
     """The model, and what `from_flat` logged: one message at most, through the logger of transformers."""
-    root = transformers.logging.get_logger("transformers")
-    caplog.clear()
-    root.addHandler(caplog.handler)
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    transformers.logging.add_handler(handler)  # of the library's logger, not of Python's root
     try:
         model = model_class.from_flat(*args, **kwargs)
     finally:
-        root.removeHandler(caplog.handler)
-    messages = [record.getMessage() for record in caplog.records if "from_flat" in record.getMessage()]
+        transformers.logging.remove_handler(handler)
+    messages = [message for message in messages if "from_flat" in message]
     assert len(messages) <= 1
     return model, messages[0] if messages else ""
 
 
-def test_a_pretraining_model_gives_its_masked_language_model_head(caplog):
+def test_a_pretraining_model_gives_its_masked_language_model_head():
     flat = flat_model("bert", "ForPreTraining").double()
-    model, report = from_flat_with_report(caplog, HKTForMaskedLM, flat)
+    model, report = from_flat_with_report(HKTForMaskedLM, flat)
     batch = batch_for(flat, [13, 5])
     with torch.no_grad():
         expected = flat(**batch).prediction_logits
@@ -220,16 +222,16 @@ def test_heads_of_the_same_structure_are_taken_along(family, kind):
         ("ForMaskedLM", HKTModel, "cls.predictions, cls.predictions.decoder, cls.predictions.transform.", ""),
     ],
 )
-def test_what_is_not_used_and_what_is_new_is_said_once(source, model_class, unused, new, caplog):
-    _, report = from_flat_with_report(caplog, model_class, flat_model("bert", source))
+def test_what_is_not_used_and_what_is_new_is_said_once(source, model_class, unused, new):
+    _, report = from_flat_with_report(model_class, flat_model("bert", source))
     assert report.startswith(f"{model_class.__name__}.from_flat: not used of Bert{source}: {unused}")
     assert report.partition("newly initialised, to be trained: ")[2] == new
 
 
-def test_a_head_that_computes_something_else_is_not_taken(caplog):
+def test_a_head_that_computes_something_else_is_not_taken():
     """RoBERTa's head always uses gelu, ours the activation of the encoder."""
     flat = flat_model("roberta", "ForMaskedLM", hidden_act="relu")
-    _, report = from_flat_with_report(caplog, HKTForMaskedLM, flat)
+    _, report = from_flat_with_report(HKTForMaskedLM, flat)
     assert "newly initialised, to be trained: head.dense, head.norm, lm_head" in report
 
 
