@@ -165,20 +165,3 @@ def test_position_ids_of_padded_tokens_are_not_read():
         expected = model(input_ids, attention_mask=attention_mask)[0]
         output = model(input_ids, attention_mask=attention_mask, position_ids=position_ids)[0]
     assert torch.equal(output, expected)
-
-
-def test_compiled_and_exported_models_know_both_sides_and_refuse_the_rest():
-    model = build(HKTForSequenceClassification, "rope", 3, 2, "sdpa")
-    right = right_padded_batch([9, 4], 9)
-    left = left_padded(*right)
-    exported = torch.export.export(model, (right[0],), {"attention_mask": right[1]}).module()
-    gap = right[1].clone()
-    gap[0, 3] = 0
-    for run in (torch.compile(model, backend="eager", fullgraph=True), exported):
-        with torch.no_grad():
-            expected = model(*right).logits
-            for input_ids, attention_mask in (right, left):
-                logits = run(input_ids, attention_mask=attention_mask).logits
-                torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-        with pytest.raises(RuntimeError, match="ones of a row side by side"):
-            run(right[0], attention_mask=gap)
