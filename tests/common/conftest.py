@@ -2,6 +2,9 @@
 
 import re
 
+import pytest
+from known_skips import explanation
+
 
 collect_ignore = ["stand_ins"]
 LIBRARY_MARKS = (
@@ -29,3 +32,15 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path.name.startswith("test_common_"):
         return not re.search(r"(?<!not )\bcommon\b", config.getoption("markexpr")) or None
     return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that is skipped for a reason of its own, or since a change of the model, does not go unnoticed."""
+    report = yield
+    if report.skipped and item.path.name.startswith("test_common_"):
+        reason = report.longrepr[2]
+        if explanation(reason) is None:
+            report.outcome = "failed"
+            report.longrepr = f"{reason}\nThis reason to skip is not in tests/common/known_skips.py."
+    return report

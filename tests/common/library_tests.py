@@ -4,14 +4,12 @@ The source distribution has only some of them. `stand_ins/` has files of our own
 file that a distribution does have comes first.
 """
 
-import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 
-import tiny_checkpoints
 from source_distribution import library_source
 
 
@@ -37,4 +35,4 @@ def install() -> None:
         os.environ[TINY_MODELS] = package.tiny_models.name
         reports = Path(package.tiny_models.name) / "reports"
         reports.mkdir()
-        (reports / "tiny_model_summary.json").write_text(json.dumps(tiny_checkpoints.SUMMARY), encoding="utf-8")
+        (reports / "tiny_model_summary.json").write_text("{}", encoding="utf-8")  # filled by the tests
