@@ -36,6 +36,7 @@ class BertModelTest(common_model_tests.CommonTests, unittest.TestCase):
         transformers.BertForMultipleChoice,
     )
     trained_class = transformers.BertForMaskedLM
+    dropout_fields = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     pipeline_model_mapping = {
         "feature-extraction": transformers.BertModel,
         "fill-mask": transformers.BertForMaskedLM,

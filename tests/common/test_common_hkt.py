@@ -56,6 +56,7 @@ class HKTModelTest(common_model_tests.CommonTests, unittest.TestCase):
         HKTForMultipleChoice,
     )
     trained_class = HKTForMaskedLM
+    dropout_fields = ("hidden_dropout",)
     pipeline_model_mapping = {
         "feature-extraction": HKTModel,
         "fill-mask": HKTForMaskedLM,
