@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment with the test extras, checks style, runs the tests. Arguments go to pytest, e.g. -m slow.
+# Makes the environment with the test extras, checks style, runs the tests: the project's own, then transformers' common
+# model tests. With arguments, which go to pytest (e.g. -m slow), only what they select.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -7,3 +8,4 @@ make_environment test
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --quiet --check .
 .venv/bin/python -m pytest -q "$@"
+[ $# -gt 0 ] || .venv/bin/python -m pytest -q -m common
