@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,7 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = build_parser().parse_known_args(arguments)
     if rest and options.command not in ("train", "evaluate"):
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Under `torchrun` or `accelerate launch`: one process speaks, and one does what needs no others.
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if not is_first and options.command in ("predict", "push"):
+        return 0
+    logging.basicConfig(
+        level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s %(name)s: %(message)s"
+    )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         {"train": _train, "evaluate": _evaluate, "predict": _predict, "push": _push}[options.command](options, rest)
@@ -75,20 +82,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    from accelerate import PartialState
+
     from .config import load_experiment
     from .training import train
 
     config = load_experiment(options.config, rest)
     report = train(config)
+    if not PartialState().is_main_process:
+        return
     for split in ("validation", "test"):
         print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in report[split].items()))
     print(f"model, card and curves: {config.output_dir}")
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
+    from accelerate import PartialState
+
     from .training import evaluate_checkpoint
 
     metrics = evaluate_checkpoint(options.checkpoint, rest, split=options.split)
+    if not PartialState().is_main_process:
+        return
     if options.out:
         write_json(options.out, {"checkpoint": options.checkpoint, "split": options.split, **metrics})
     print(f"{options.split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

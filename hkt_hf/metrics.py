@@ -5,6 +5,8 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 
 _CITATION = ""
@@ -110,3 +112,19 @@ def compute_metrics_for(problem_type: str):
         )
 
     return compute_metrics
+
+
+def mean_loss(problem_type: str, logits: np.ndarray, labels: np.ndarray) -> float:
+    """The loss that the models of transformers compute, over all rows at once.
+
+    Args:
+        problem_type (`str`): as in [`compute_metrics_for`].
+        logits (`np.ndarray`): `(N, num_labels)`.
+        labels (`np.ndarray`): `(N,)`, or `(N, num_labels)` for several labels.
+    """
+    logits, labels = torch.from_numpy(logits).double(), torch.from_numpy(labels)
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits, labels.flatten().long()).item()
+    if problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.double()).item()
+    return F.mse_loss(logits.flatten(), labels.double().flatten()).item()

@@ -11,6 +11,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -38,7 +40,7 @@ from .curves import CurvesCallback, write_curves
 from .data import TaskData, load_data
 from .environment import environment
 from .files import write_json, write_text
-from .metrics import METRIC_NAMES, compute_metrics_for
+from .metrics import METRIC_NAMES, compute_metrics_for, mean_loss
 from .modeling import HKTConfig, HKTForSequenceClassification
 from .presets import dump_yaml
 from .tokenization import build_tokenizer, encode_texts
@@ -48,6 +50,10 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "hkt.yaml"
 METRICS_FILE = "metrics.json"  # written last: its presence means that the run is finished
+
+ONE_WHOLE_MODEL = (
+    "`hkt` keeps the whole model in every process (DDP); shard it with a Trainer or PyTorch, see docs/distributed.md"
+)
 
 TRAINING_DEFAULTS = {
     "per_device_train_batch_size": 32,
@@ -86,6 +92,22 @@ class EpochSeededLengthSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+class EpochCallback(TrainerCallback):
+    """Tells the sampler of the training data which epoch begins, through all that is wrapped around it.
+
+    A resumed run of several processes has one wrapper more than Accelerate looks through: the rest of its first epoch
+    would have the order of epoch 0.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Called by the Trainer; a resumed run is somewhere within its epoch."""
+        sampler = train_dataloader.batch_sampler
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(int(state.epoch or 0))
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+
+
 class ExperimentTrainer(Trainer):
     """The `Trainer`, with a training order that a resumed run repeats and an evaluation in the order of the data.
 
@@ -95,7 +117,8 @@ class ExperimentTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # Of all processes together: the order of the data does not depend on how many of them share a step.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         # `train_dataset` has lost the column of lengths already, as one that the model does not take.
         lengths = self.train_dataset[self.args.length_column_name][:]
         return EpochSeededLengthSampler(batch_size, lengths, self.args.seed)
@@ -103,9 +126,24 @@ class ExperimentTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)
 
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As in the Trainer, with the loss of exactly the given rows.
+
+        Several processes fill their last batches up with rows that another one has: the Trainer takes these out of
+        logits and labels, but not out of the mean losses of those batches.
+        """
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.world_size > 1:
+            loss = mean_loss(self.model.config.problem_type, output.predictions, output.label_ids)
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
 
 def train(config: ExperimentConfig) -> dict:
     """Train, evaluate and save one experiment; continue it where it was interrupted.
+
+    Under `torchrun` or `accelerate launch` every process calls it: each has the whole model and its share of a step's
+    sequences (DDP), and the first one writes the files.
 
     The folder `config.output_dir` becomes a checkpoint: weights, code, tokenizer, model card, `hkt.yaml` (the
     configuration), `curves.json`, `curves.png` and, last of all, `metrics.json`. A finished run is not repeated.
@@ -118,18 +156,22 @@ def train(config: ExperimentConfig) -> dict:
         the last session where the run was resumed), versions, machine and commit.
 
     Raises:
-        ValueError: bad values in the configuration or in the data, or an output folder that holds something else.
+        ValueError: bad values in the configuration or in the data, an output folder that holds something else or that
+            not every process sees, processes that do not work together, or FSDP or DeepSpeed in the launcher.
         FileNotFoundError: data that is not there.
     """
-    state = PartialState()
     output_dir = Path(config.output_dir)
     check_output_dir(output_dir, config)
-    if (output_dir / METRICS_FILE).is_file():
+    arguments = training_arguments(config)
+    state = PartialState()
+    finished, checkpoint = _progress(output_dir)
+    if finished:
         logger.warning("%s is finished already; its results are returned", output_dir)
         return json.loads((output_dir / METRICS_FILE).read_text(encoding="utf-8"))
 
-    arguments = training_arguments(config)
-    with state.main_process_first():
+    if not state.is_local_main_process:
+        datasets.disable_progress_bars()
+    with state.local_main_process_first():
         task = load_data(config.data)
     best_metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
     if best_metric not in ("loss", *METRIC_NAMES[task.problem_type]):
@@ -139,7 +181,7 @@ def train(config: ExperimentConfig) -> dict:
         )
     set_seed(config.seed)
     model, tokenizer = build_model_and_tokenizer(config, task)
-    with state.main_process_first():
+    with state.local_main_process_first():
         splits = tokenize(task.splits, tokenizer, config.tokenizer.max_length)
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -156,11 +198,13 @@ def train(config: ExperimentConfig) -> dict:
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=compute_metrics_for(task.problem_type),
-            callbacks=[CurvesCallback(output_dir, main_metric)],
+            callbacks=[EpochCallback(), CurvesCallback(output_dir, main_metric)],
         )
     except (RuntimeError, ImportError) as error:  # e.g. a tracker in `report_to` that is not installed
         raise ValueError(f"section `training` can't be used here: {error}") from error
-    checkpoint = last_complete_checkpoint(output_dir)
+    if state.process_index > 0:
+        # Masks of dropout of its own in every process. A resumed run goes on with the states that it saved.
+        torch.manual_seed(config.seed + state.process_index)
     if checkpoint is not None:
         logger.warning("continuing from %s", checkpoint)
     started = time.perf_counter()
@@ -182,6 +226,7 @@ def train(config: ExperimentConfig) -> dict:
         "resumed": checkpoint is not None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": config.seed,
+        "processes": state.num_processes,
         **environment(),
     }
     if trainer.is_world_process_zero():
@@ -224,13 +269,13 @@ def evaluate_checkpoint(
         raise ValueError(f"`split` must be 'train', 'validation' or 'test', got {split!r}")
     model, tokenizer = load_checkpoint(checkpoint)
     config = load_experiment(_experiment_file(checkpoint), overrides)
-    task = load_data(config.data)
-    _check_labels(model.config, task)
-    logger.info("%s split of %s", split, task.description)
-    dataset = tokenize(datasets.DatasetDict({split: task.splits[split]}), tokenizer, config.tokenizer.max_length)[
-        split
-    ]
     arguments = training_arguments(config, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    with PartialState().local_main_process_first():
+        task = load_data(config.data)
+        _check_labels(model.config, task)
+        logger.info("%s split of %s", split, task.description)
+        wanted = datasets.DatasetDict({split: task.splits[split]})
+        dataset = tokenize(wanted, tokenizer, config.tokenizer.max_length)[split]
     trainer = ExperimentTrainer(
         model=model,
         args=arguments,
@@ -334,22 +379,39 @@ def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
     """`TrainingArguments` of an experiment: our defaults, the section `training`, and what the experiment fixes.
 
     Raises:
-        ValueError: a value that `TrainingArguments` refuses.
+        ValueError: a value that `TrainingArguments` refuses, several processes that do not find each other, or a launcher
+            that asks for FSDP or DeepSpeed.
     """
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise ValueError(f"{variable} is set: {ONE_WHOLE_MODEL}")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = torch.cuda.is_available()
     values = {
         **TRAINING_DEFAULTS,
         "bf16": on_gpu and torch.cuda.is_bf16_supported() and not config.training.get("fp16", False),
         "dataloader_pin_memory": on_gpu,
+        # Without this, processes on a CPU would each train alone.
+        "use_cpu": launched > 1 and not torch.accelerator.is_available(),
+        # Not the state of the random numbers of each process: all must shuffle alike.
+        "data_seed": config.seed,
         **config.training,
         "output_dir": config.output_dir,
         "seed": config.seed,
         **fixed,
     }
     try:
-        return TrainingArguments(**values)
+        arguments = TrainingArguments(**values)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"section `training` is not valid: {error}") from error
+    if arguments.fsdp or arguments.deepspeed:
+        raise ValueError(f"`training.fsdp` and `training.deepspeed` can't be given: {ONE_WHOLE_MODEL}")
+    if arguments.world_size < launched:
+        raise ValueError(
+            f"{launched} processes were started (WORLD_SIZE), but they form groups of {arguments.world_size}: each would "
+            f"train alone; `training.use_cpu` is {arguments.use_cpu}, which must be true on a CPU and false elsewhere"
+        )
+    return arguments
 
 
 def tokenize(splits: datasets.DatasetDict, tokenizer, max_length: int) -> datasets.DatasetDict:
@@ -371,6 +433,15 @@ def tokenize(splits: datasets.DatasetDict, tokenizer, max_length: int) -> datase
         if name != "train":
             encoded[name] = split.sort("length", reverse=True)
     return encoded
+
+
+def _progress(output_dir: Path) -> tuple[bool, Path | None]:
+    """Whether a run is finished, and the checkpoint it goes on from: what the first process sees, for all of them."""
+    seen = [(output_dir / METRICS_FILE).is_file(), last_complete_checkpoint(output_dir)]
+    finished, checkpoint = broadcast_object_list(list(seen))
+    if (finished and not seen[0]) or (checkpoint is not None and not checkpoint.is_dir()):
+        raise ValueError(f"`output_dir` {str(output_dir)!r} must be a folder that all nodes share")
+    return finished, checkpoint
 
 
 def _load_backbone(checkpoint: str, fields: dict):

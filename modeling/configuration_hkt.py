@@ -102,6 +102,23 @@ class HKTConfig(PreTrainedConfig):
 
     model_type = "hkt"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Heads are shared out: each process has the rows of every projection, and of `level_logits`, that its heads need.
+    # The levels themselves are computed by all. The FSDP plan is transformers' default.
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn.q_proj.*": "colwise",
+        "layers.*.self_attn.k_proj.*": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.level_logits": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = interval(min=1)(default=30522)
     hidden_size: int = interval(min=1)(default=768)
@@ -141,10 +158,11 @@ class HKTConfig(PreTrainedConfig):
         if self.position_embedding_type == "absolute":
             self.rope_parameters = None
         if self.norm_placement == "post":
-            # As the plan that transformers gives every model, with the one norm outside the layers that there is.
-            plan = dict(type(self).base_model_fsdp_plan)
-            plan["embed_norm"] = plan.pop("norm")
-            self.base_model_fsdp_plan = plan
+            # The plans of the class, with the one norm outside the layers that there is.
+            for name in ("base_model_fsdp_plan", "base_model_pp_plan"):
+                plan = dict(getattr(type(self), name))
+                plan["embed_norm"] = plan.pop("norm")
+                setattr(self, name, plan)
 
     def validate_architecture(self):
         """Check fields against each other; run by `@strict` when the config is made and when it is saved."""

@@ -197,8 +197,11 @@ class HKTAttention(nn.Module):
         self.level_logits = nn.Parameter(torch.zeros(self.num_heads, self.num_levels))
 
     def level_weights(self) -> torch.Tensor:
-        """Convex weights of the levels, float32 `(H, L)`."""
-        return self.level_logits.float().softmax(dim=-1)
+        """Convex weights of the levels, float32 `(H, L)`; under tensor parallelism those of this process's heads."""
+        level_logits = self.level_logits
+        if hasattr(level_logits, "to_local"):  # a DTensor
+            level_logits = level_logits.to_local()
+        return level_logits.float().softmax(dim=-1)
 
     def levels(
         self,
@@ -219,7 +222,13 @@ class HKTAttention(nn.Module):
         return levels
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        # All heads, or under tensor parallelism those of this process.
+        if states.shape[-1] % self.head_dim:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_heads}) must be a multiple of the tensor-parallel size: "
+                f"{states.shape[-1]} of {self.num_heads * self.head_dim} columns are no whole heads of {self.head_dim}"
+            )
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
@@ -547,6 +556,7 @@ class HKTModel(HKTPreTrainedModel):
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        first_layer = self._first_layer()
         past_length = self._check_cache(past_key_values)
         _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, past_length)
         _check_token_types(
@@ -554,7 +564,7 @@ class HKTModel(HKTPreTrainedModel):
         )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.config.type_vocab_size > 0:
+        if self.config.type_vocab_size > 0 and first_layer == 0:
             if token_type_ids is None:
                 token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device)
             inputs_embeds = inputs_embeds + self.embed_token_types(token_type_ids)
@@ -568,7 +578,7 @@ class HKTModel(HKTPreTrainedModel):
         cache_step = None
         if past_length > 0:
             layout, cache_step = plan_next_step(
-                past_key_values.layers[0], padding_mask, position_ids, num_columns, device
+                past_key_values.layers[first_layer], padding_mask, position_ids, num_columns, device
             )
         else:
             layout = find_layout(padding_mask, position_ids, batch_size, num_columns)
@@ -598,7 +608,8 @@ class HKTModel(HKTPreTrainedModel):
             if layout is not None:
                 positions = positions.expand(layout.mask.shape[0], -1).flatten()[layout.scatter_index]
             positions = positions.clamp(max=self.config.max_position_embeddings - 1)  # of padded columns
-            inputs_embeds = inputs_embeds + self.embed_positions(positions)
+            if first_layer == 0:
+                inputs_embeds = inputs_embeds + self.embed_positions(positions)
         elif past_length == 0:
             position_embeddings = [self.rotary_emb(inputs_embeds, positions)]
             for _ in range(1, self.config.num_levels):
@@ -611,7 +622,9 @@ class HKTModel(HKTPreTrainedModel):
             sizes = [positions.shape[1] for positions in block_positions]
             position_embeddings = list(zip(cos.split(sizes, dim=1), sin.split(sizes, dim=1), strict=True))
         is_pre_norm = self.config.norm_placement == "pre"
-        hidden_states = self.dropout(inputs_embeds if is_pre_norm else self.embed_norm(inputs_embeds))
+        if not is_pre_norm and first_layer == 0:
+            inputs_embeds = self.embed_norm(inputs_embeds)
+        hidden_states = self.dropout(inputs_embeds)
 
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = attention_mask
@@ -635,6 +648,13 @@ class HKTModel(HKTPreTrainedModel):
             hidden_states = self.norm(hidden_states)
         return HKTModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
+    def _first_layer(self) -> int:
+        """Index of the first layer that this process has.
+
+        Above 0 it is a later stage of a pipeline: its `inputs_embeds` are the hidden states of the stage before it.
+        """
+        return next((index for index, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
+
     def _check_cache(self, past_key_values: Cache | None) -> int:
         """Columns that the cache holds; ValueError where this model can't use it."""
         if past_key_values is None:
@@ -643,7 +663,7 @@ class HKTModel(HKTPreTrainedModel):
             raise ValueError(
                 "`past_key_values` can't be given to an encoder: set `is_decoder=True` in the configuration"
             )
-        past_length = prepare_cache(past_key_values, self.config).get_seq_length()
+        past_length = prepare_cache(past_key_values, self.config).get_seq_length(self._first_layer())
         if past_length > 0 and self.gradient_checkpointing and self.training:
             raise ValueError(
                 f"`past_key_values` ({past_length} tokens) can't be continued under gradient checkpointing: call "
@@ -707,6 +727,9 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _can_compile_fullgraph = False  # without a cache it can; a step with one reads how many tokens each row has
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HKTConfig):
         if not config.is_decoder:
@@ -810,6 +833,9 @@ class HKTForMaskedLM(HKTPreTrainedModel):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HKTConfig):
         if config.is_decoder:
