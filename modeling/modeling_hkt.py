@@ -556,7 +556,6 @@ class HKTModel(HKTPreTrainedModel):
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
-        first_layer = self._first_layer()
         past_length = self._check_cache(past_key_values)
         _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, past_length)
         _check_token_types(
@@ -564,76 +563,16 @@ class HKTModel(HKTPreTrainedModel):
         )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.config.type_vocab_size > 0 and first_layer == 0:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device)
-            inputs_embeds = inputs_embeds + self.embed_token_types(token_type_ids)
         use_cache = use_cache and self.config.is_decoder and not (self.gradient_checkpointing and self.training)
         if past_key_values is not None or (use_cache and not torch.compiler.is_compiling()):
             past_key_values = prepare_cache(past_key_values, self.config)
-        batch_size, num_columns, device = *inputs_embeds.shape[:2], inputs_embeds.device
 
-        # Where the tokens lie: the layout of the new columns, and where they go in the cache.
-        padding_mask = None if attention_mask is None or attention_mask.dim() == 4 else attention_mask
-        cache_step = None
-        if past_length > 0:
-            layout, cache_step = plan_next_step(
-                past_key_values.layers[first_layer], padding_mask, position_ids, num_columns, device
-            )
-        else:
-            layout = find_layout(padding_mask, position_ids, batch_size, num_columns)
-            packed = layout is not None and layout.mask.shape != (batch_size, num_columns)
-            if packed and attention_mask is not None and attention_mask.dim() == 4:
-                raise ValueError("`position_ids` restart within a row: packed sequences need a mask (batch, length)")
-            if packed:
-                past_key_values = None
-        if past_key_values is not None and cache_step is None:
-            real = None if padding_mask is None or (padding_mask != 0).all() else padding_mask.to(device) != 0
-            counts = num_columns if real is None else real.sum(1)
-            cache_step = plan_step(
-                0, counts, real, num_columns, continues=False, num_levels=self.config.num_levels, device=device
-            )
-
-        length = num_columns if layout is None else layout.mask.shape[1]
-        positions = torch.arange(length, device=device).unsqueeze(0) if past_length == 0 else cache_step.positions
-        position_embeddings = None
-        if self.config.position_embedding_type == "absolute":
-            total = length if past_length == 0 else cache_step.levels[0].capacity
-            if total > self.config.max_position_embeddings:
-                raise ValueError(
-                    f"the input has {total} tokens, more than `max_position_embeddings` "
-                    f"({self.config.max_position_embeddings}): truncate it, for instance with `truncation=True` in the "
-                    "tokenizer"
-                )
-            if layout is not None:
-                positions = positions.expand(layout.mask.shape[0], -1).flatten()[layout.scatter_index]
-            positions = positions.clamp(max=self.config.max_position_embeddings - 1)  # of padded columns
-            if first_layer == 0:
-                inputs_embeds = inputs_embeds + self.embed_positions(positions)
-        elif past_length == 0:
-            position_embeddings = [self.rotary_emb(inputs_embeds, positions)]
-            for _ in range(1, self.config.num_levels):
-                # A block has the position of its first token.
-                cos, sin = position_embeddings[-1]
-                position_embeddings.append((cos[:, ::2], sin[:, ::2]))
-        else:
-            block_positions = cache_step.block_positions()
-            cos, sin = self.rotary_emb(inputs_embeds, torch.cat(block_positions, dim=1))
-            sizes = [positions.shape[1] for positions in block_positions]
-            position_embeddings = list(zip(cos.split(sizes, dim=1), sin.split(sizes, dim=1), strict=True))
-        is_pre_norm = self.config.norm_placement == "pre"
-        if not is_pre_norm and first_layer == 0:
-            inputs_embeds = self.embed_norm(inputs_embeds)
-        hidden_states = self.dropout(inputs_embeds)
-
-        if attention_mask is not None and attention_mask.dim() == 4:
-            mask = attention_mask
-        elif past_length > 0:
-            mask = cache_step.causal_mask()
-        elif self.config.is_decoder:
-            mask = self._causal_mask(hidden_states, batch_size if layout is None else layout.mask.shape[0], length)
-        else:
-            mask = self._attention_mask(hidden_states, attention_mask if layout is None else layout.mask)
+        layout, past_key_values, cache_step = self._place_tokens(
+            inputs_embeds, attention_mask, position_ids, past_key_values, past_length
+        )
+        hidden_states = self._embed(inputs_embeds, token_type_ids, layout, cache_step)
+        position_embeddings = self._rotary_embeddings(hidden_states, layout, cache_step)
+        mask = self._attention_mask(hidden_states, attention_mask, layout, cache_step)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -644,9 +583,122 @@ class HKTModel(HKTPreTrainedModel):
                 cache_step=cache_step,
                 **kwargs,
             )
-        if is_pre_norm:
+        if self.config.norm_placement == "pre":
             hidden_states = self.norm(hidden_states)
         return HKTModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _place_tokens(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        past_length: int,
+    ) -> tuple[SequenceLayout | None, Cache | None, CacheStep | None]:
+        """Where the tokens lie: the layout of the new columns, the cache, and where they go in it."""
+        batch_size, num_columns, device = *inputs_embeds.shape[:2], inputs_embeds.device
+        padding_mask = None if _is_score_mask(attention_mask) else attention_mask
+        if past_length > 0:
+            cache_layer = past_key_values.layers[self._first_layer()]
+            layout, cache_step = plan_next_step(cache_layer, padding_mask, position_ids, num_columns, device)
+            return layout, past_key_values, cache_step
+
+        layout = find_layout(padding_mask, position_ids, batch_size, num_columns)
+        if layout is not None and layout.mask.shape != (batch_size, num_columns):  # packed
+            if _is_score_mask(attention_mask):
+                raise ValueError("`position_ids` restart within a row: packed sequences need a mask (batch, length)")
+            return layout, None, None
+        if past_key_values is None:
+            return layout, None, None
+        real = None if padding_mask is None or (padding_mask != 0).all() else padding_mask.to(device) != 0
+        counts = num_columns if real is None else real.sum(1)
+        cache_step = plan_step(
+            0, counts, real, num_columns, continues=False, num_levels=self.config.num_levels, device=device
+        )
+        return layout, past_key_values, cache_step
+
+    def _embed(
+        self,
+        inputs_embeds: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        layout: SequenceLayout | None,
+        cache_step: CacheStep | None,
+    ) -> torch.Tensor:
+        """What the first layer reads: token embeddings with token types, absolute positions and norm, where used."""
+        limit = self.config.max_position_embeddings
+        if self.config.position_embedding_type == "absolute":
+            total = _num_positions(inputs_embeds, layout, cache_step)
+            if total > limit:
+                raise ValueError(
+                    f"the input has {total} tokens, more than `max_position_embeddings` ({limit}): truncate it, for "
+                    "instance with `truncation=True` in the tokenizer"
+                )
+        if self._first_layer() > 0:  # hidden states of the stage before this one
+            return self.dropout(inputs_embeds)
+        if self.config.type_vocab_size > 0:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device)
+            inputs_embeds = inputs_embeds + self.embed_token_types(token_type_ids)
+        if self.config.position_embedding_type == "absolute":
+            positions = _positions(inputs_embeds, layout, cache_step)
+            if layout is not None:
+                positions = positions.expand(layout.mask.shape[0], -1).flatten()[layout.scatter_index]
+            inputs_embeds = inputs_embeds + self.embed_positions(positions.clamp(max=limit - 1))  # padded columns
+        if self.config.norm_placement == "post":
+            inputs_embeds = self.embed_norm(inputs_embeds)
+        return self.dropout(inputs_embeds)
+
+    def _rotary_embeddings(
+        self, hidden_states: torch.Tensor, layout: SequenceLayout | None, cache_step: CacheStep | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Cosines and sines, for each level of the blocks that get a query; `None` with absolute positions."""
+        if self.config.position_embedding_type == "absolute":
+            return None
+        if cache_step is not None and cache_step.continues:
+            block_positions = cache_step.block_positions()
+            cos, sin = self.rotary_emb(hidden_states, torch.cat(block_positions, dim=1))
+            sizes = [positions.shape[1] for positions in block_positions]
+            return list(zip(cos.split(sizes, dim=1), sin.split(sizes, dim=1), strict=True))
+        embeddings = [self.rotary_emb(hidden_states, _positions(hidden_states, layout, cache_step))]
+        for _ in range(1, self.config.num_levels):
+            # A block has the position of its first token.
+            cos, sin = embeddings[-1]
+            embeddings.append((cos[:, ::2], sin[:, ::2]))
+        return embeddings
+
+    def _attention_mask(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        layout: SequenceLayout | None,
+        cache_step: CacheStep | None,
+    ) -> torch.Tensor | None:
+        """The mask that the chosen implementation takes, for the sequences."""
+        if _is_score_mask(attention_mask):
+            return attention_mask
+        if cache_step is not None and cache_step.continues:
+            return cache_step.causal_mask()
+        if layout is not None:
+            attention_mask = layout.mask
+            hidden_states = hidden_states.new_empty(*layout.mask.shape, 1)  # its shape is what is read
+        uses_sdpa = self.config._attn_implementation == "sdpa"
+        if self.config.is_decoder:
+            # Sequences are padded on the right, so that causality alone hides the padding from every real token.
+            return (
+                None
+                if uses_sdpa
+                else create_causal_mask(
+                    config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
+                )
+            )
+        if not uses_sdpa:
+            return create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
+        # Not the library's mask, which has T x T entries for every row of the batch.
+        if attention_mask is None or (values_can_be_read(attention_mask) and attention_mask.all()):
+            return None
+        return broadcast_padding_mask(attention_mask != 0)
 
     def _first_layer(self) -> int:
         """Index of the first layer that this process has.
@@ -671,30 +723,24 @@ class HKTModel(HKTPreTrainedModel):
             )
         return past_length
 
-    def _causal_mask(self, hidden_states: torch.Tensor, num_sequences: int, length: int) -> torch.Tensor | None:
-        """The causal mask that the chosen implementation takes.
 
-        Sequences are padded on the right, so that causality alone hides the padding from every real token.
-        """
-        if self.config._attn_implementation == "sdpa":
-            return None
-        hidden_states = hidden_states.new_empty(num_sequences, length, 1)  # its shape is what is read
-        return create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
-        )
+def _is_score_mask(attention_mask: torch.Tensor | None) -> bool:
+    return attention_mask is not None and attention_mask.dim() == 4
 
-    def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask that the chosen implementation takes, from the `(S, M)` padding mask of the sequences."""
-        if self.config._attn_implementation != "sdpa":
-            if attention_mask is not None:
-                hidden_states = hidden_states.new_empty(*attention_mask.shape, 1)  # its shape is what is read
-            return create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-            )
-        # Not the library's mask, which has T x T entries for every row of the batch.
-        if attention_mask is None or (values_can_be_read(attention_mask) and attention_mask.all()):
-            return None
-        return broadcast_padding_mask(attention_mask != 0)
+
+def _positions(states: torch.Tensor, layout: SequenceLayout | None, cache_step: CacheStep | None) -> torch.Tensor:
+    """Positions of the tokens of each sequence, `(1 or S, M)`."""
+    if cache_step is not None:
+        return cache_step.positions
+    length = states.shape[1] if layout is None else layout.mask.shape[1]
+    return torch.arange(length, device=states.device).unsqueeze(0)
+
+
+def _num_positions(states: torch.Tensor, layout: SequenceLayout | None, cache_step: CacheStep | None) -> int:
+    """Positions that the longest sequence needs."""
+    if cache_step is not None and cache_step.continues:
+        return cache_step.levels[0].capacity
+    return states.shape[1] if layout is None else layout.mask.shape[1]
 
 
 class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
