@@ -1,10 +1,11 @@
-"""Metrics of the three problem types, as modules of `evaluate` that need no network."""
+"""Metrics of the three problem types, as modules of `evaluate` that need no network, and of masked language models."""
 
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+import torch
 
 
 _CITATION = ""
@@ -72,6 +73,9 @@ METRIC_NAMES = {
     "multi_label_classification": ("f1_micro", "exact_match"),
     "regression": ("mse", "mae"),
 }
+MASKED_LM_METRIC_NAMES = ("masked_accuracy", "perplexity")
+# Of all these, the ones that are best when low.
+ERRORS = ("mse", "mae", "perplexity")
 
 
 def compute_metrics_for(problem_type: str):
@@ -110,3 +114,31 @@ def compute_metrics_for(problem_type: str):
         )
 
     return compute_metrics
+
+
+def sum_masked_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Reduce the logits of a batch to what [`masked_lm_metrics`] needs; all of them would not fit into memory.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(B, T, vocab_size)`): scores of a masked language model.
+        labels (`torch.LongTensor` of shape `(B, T)`): ids of the masked tokens, -100 elsewhere.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, 3)`: a row's negative log-likelihood, tokens told rightly, and masked tokens.
+    """
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    hits = logits.argmax(dim=-1) == labels
+    return torch.stack([losses.sum(1), hits.sum(1).float(), (labels != -100).sum(1).float()], dim=1)
+
+
+def masked_lm_metrics(prediction) -> dict[str, float]:
+    """Mean loss of a masked token, its exponential and the share of tokens told rightly, from [`sum_masked_tokens`].
+
+    `loss` takes the place of the Trainer's own, which is the mean of the batches' means: it would depend on their size.
+    """
+    loss, hits, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    return {
+        "loss": float(loss / tokens),
+        "masked_accuracy": float(hits / tokens),
+        "perplexity": float(np.exp(loss / tokens)),
+    }
