@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,15 +238,11 @@ def test_pretraining_goes_on_from_a_checkpoint(pretrained, tmp_path):
 
 def test_a_killed_run_repeats_the_masks(tmp_path):
     """SIGKILL in the second epoch of six steps; the resumed run logs what an uninterrupted one logs."""
-
-    def command(name):
-        config = tmp_path / f"{name}.yaml"
-        training = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}
-        config.write_text(json.dumps(experiment(tmp_path / name, training=training)))
-        return [sys.executable, "-m", "hkt_hf.cli", "train", str(config)]
-
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    killed = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    training = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}
+    values = {name: experiment(tmp_path / name, training=training) for name in ("killed", "whole")}
+    (tmp_path / "killed.yaml").write_text(json.dumps(values["killed"]))
+    command = [sys.executable, "-m", "hkt_hf.cli", "train", str(tmp_path / "killed.yaml")]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoint-8" / "trainer_state.json").is_file():
         assert killed.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
@@ -254,10 +250,8 @@ def test_a_killed_run_repeats_the_masks(tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "metrics.json").exists()
-    for name in ("killed", "whole"):
-        subprocess.run(command(name), env=environment, check=True, capture_output=True)
 
-    reports = {name: json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("killed", "whole")}
+    reports = {name: train(build_experiment(values[name])) for name in values}
     assert reports["killed"]["resumed"] and not reports["whole"]["resumed"]
     losses = {}
     for name in reports:
@@ -266,6 +260,23 @@ def test_a_killed_run_repeats_the_masks(tmp_path):
     assert len(losses["whole"]) == 30
     assert losses["killed"] == losses["whole"]
     assert reports["killed"]["test"] == reports["whole"]["test"]
+
+
+def test_each_epoch_has_masks_of_its_own_also_after_resuming(pretrained, tmp_path, monkeypatch):
+    output_dir = tmp_path / "run"
+    shutil.copytree(pretrained[0], output_dir)
+    (output_dir / "metrics.json").unlink()
+    shutil.rmtree(output_dir / "checkpoint-20")
+    epochs = []
+    set_epoch = MaskingCollator.set_epoch
+    monkeypatch.setattr(
+        MaskingCollator, "set_epoch", lambda self, epoch: epochs.append(epoch) or set_epoch(self, epoch)
+    )
+    report = train(build_experiment(experiment(output_dir)))
+    assert report["resumed"] and epochs == [1, 2, 3]  # six steps each; step 10 is in the second
+    resumed, whole = (json.loads((folder / "curves.json").read_text()) for folder in (output_dir, pretrained[0]))
+    assert [entry["loss"] for entry in resumed["train"]] == [entry["loss"] for entry in whole["train"]]
+    assert report["test"] == pretrained[1]["test"]
 
 
 def test_texts_without_labels_and_byte_masks(tmp_path):
