@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .environment import commit
+from .objectives import Objective
 
 
 REPOSITORY_TAGS = ["hkt", "hierarchical-attention", "multi-scale-attention"]
@@ -33,9 +34,9 @@ _TEMPLATE = """---
 ## How to load
 
 ```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {auto_name}, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained("{location}"{trust})
+model = {auto_name}.from_pretrained("{location}"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{location}"{trust})
 ```
 
@@ -46,6 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("{location}"{trust})
 def build_card(
     model,
     *,
+    objective: Objective,
     name: str,
     data: str,
     task: str,
@@ -58,6 +60,7 @@ def build_card(
 
     Args:
         model (`PreTrainedModel`): the trained model.
+        objective ([`~hkt_hf.objectives.Objective`]): what it was trained for.
         name (`str`): heading, and the location in the loading example.
         data (`str`): the dataset, its size and how it was split.
         task (`str`): short name of the task, e.g. `"listops"`.
@@ -71,7 +74,7 @@ def build_card(
     revision = commit()
     results = [
         EvalResult(
-            task_type="text-classification",
+            task_type=objective.pipeline,
             dataset_type=task,
             dataset_name=data,
             dataset_split=split,
@@ -86,7 +89,7 @@ def build_card(
         library_name="transformers",
         license="apache-2.0" if base_model is None else None,
         base_model=base_model if base_model is not None and not Path(base_model).exists() else None,
-        pipeline_tag="text-classification",
+        pipeline_tag=objective.pipeline,
         tags=REPOSITORY_TAGS if is_hkt else None,
         eval_results=results,
     )
@@ -97,7 +100,8 @@ def build_card(
         card_data=card_data.to_yaml(),
         name=name,
         architecture=architecture,
-        task=f"{task} ({model.config.problem_type})",
+        task=f"{task} ({objective.kind(model.config)})",
+        auto_name=objective.auto_name,
         data=data,
         seed=seed,
         training=training,

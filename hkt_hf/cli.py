@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
     evaluate.add_argument("--out", help="also write the metrics to this JSON file")
 
-    predict = commands.add_parser("predict", help="labels and scores of texts")
+    predict = commands.add_parser("predict", help="labels and scores of texts, or tokens for their [MASK]")
     predict.add_argument("checkpoint", help="folder of a run, or a Hub id")
     predict.add_argument("texts", nargs="+", metavar="TEXT")
     predict.add_argument("--json", action="store_true", help="print all labels and scores as JSON")

@@ -1,6 +1,7 @@
 """Experiment configuration: YAML files with bases and overrides, checked before any work starts."""
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from transformers import TrainingArguments
 from .data import DataConfig
 from .data.images import NUM_PIXELS
 from .modeling import HKTConfig
+from .objectives import OBJECTIVES, MaskedLM, SequenceClassification
 from .presets import check_keys, field_names, packaged_config, parse_yaml, read_yaml
 from .tokenization import TOKENIZER_KINDS
 
@@ -40,6 +42,7 @@ POSITIVE_TRAINING_KEYS = (
     "save_total_limit",
 )
 NOT_NEGATIVE_TRAINING_KEYS = ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers")
+DEFAULT_MLM_PROBABILITY = 0.15  # Devlin et al. 2019
 MANAGED_MODEL_KEYS = {
     **dict.fromkeys(("num_labels", "id2label", "label2id", "problem_type"), "it follows from the data"),
     **dict.fromkeys(("vocab_size", "pad_token_id"), "it follows from the tokenizer"),
@@ -73,7 +76,11 @@ class ExperimentConfig:
 
     Args:
         output_dir (`str`): folder of the run: Trainer checkpoints, and in the end the model, its card and its curves.
-        seed (`int`, *optional*, defaults to 0): seed of initial weights, data order and dropout.
+        objective (`str`, *optional*, defaults to `"sequence_classification"`): what is learned: to tell the label of a
+            text (one class, several, or a number), or with `"masked_lm"` the tokens of a text that were masked; labels
+            are then not needed.
+        mlm_probability (`float`, *optional*): share of tokens to mask, 0.15 by default; for `"masked_lm"` only.
+        seed (`int`, *optional*, defaults to 0): seed of initial weights, data order, dropout and masks.
         model (`dict`, *optional*): fields of [`HKTConfig`], or `checkpoint`: a local folder or Hub id to fine-tune,
             whose configuration the other fields change.
         tokenizer ([`TokenizerConfig`], *optional*): tokenizer; not used with `model.checkpoint`, which brings its own.
@@ -82,6 +89,8 @@ class ExperimentConfig:
     """
 
     output_dir: str
+    objective: str = SequenceClassification.name
+    mlm_probability: float | None = None
     seed: int = 0
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -122,6 +131,11 @@ def build_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     seed = values.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}")
+    objective = values.get("objective", SequenceClassification.name)
+    mlm_probability = values.get("mlm_probability")
+    _check_objective(objective, mlm_probability)
+    if objective == MaskedLM.name and mlm_probability is None:
+        mlm_probability = DEFAULT_MLM_PROBABILITY
     model = dict(_section(values, "model"))
     _check_not_managed(model, MANAGED_MODEL_KEYS, prefix="model.")
     check_keys(model, ["checkpoint", *field_names(HKTConfig)], prefix="model.")
@@ -141,6 +155,8 @@ def build_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     _check_training(training)
     return ExperimentConfig(
         output_dir=str(Path(str(values["output_dir"])).expanduser()),
+        objective=objective,
+        mlm_probability=mlm_probability,
         seed=seed,
         model=model,
         tokenizer=tokenizer,
@@ -236,6 +252,26 @@ def _check_not_managed(values: Mapping[str, Any], managed: Mapping[str, str], pr
     for key in values:
         if key in managed:
             raise ValueError(f"`{prefix}{key}` can't be set: {managed[key]}")
+
+
+def _check_objective(objective: Any, mlm_probability: Any) -> None:
+    if objective not in OBJECTIVES:
+        nearest = difflib.get_close_matches(str(objective), OBJECTIVES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"`objective` must be one of {list(OBJECTIVES)}, got {objective!r}; the nearest one is {nearest!r}"
+        )
+    if mlm_probability is None:
+        return
+    if objective != MaskedLM.name:
+        raise ValueError(
+            f"`mlm_probability` ({mlm_probability!r}) is for the objective {MaskedLM.name!r}, not for {objective!r}"
+        )
+    if (
+        isinstance(mlm_probability, bool)
+        or not isinstance(mlm_probability, int | float)
+        or not 0 < mlm_probability < 1
+    ):
+        raise ValueError(f"`mlm_probability` must be between 0 and 1 (exclusive), got {mlm_probability!r}")
 
 
 def _check_model(model: Mapping[str, Any], max_length: int) -> None:

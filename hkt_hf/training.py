@@ -9,20 +9,11 @@ from pathlib import Path
 
 import datasets
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import SequentialSampler
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -40,10 +31,11 @@ from .curves import CurvesCallback, write_curves
 from .data import TaskData, load_data
 from .environment import environment
 from .files import write_json, write_text
-from .metrics import METRIC_NAMES, compute_metrics_for, mean_loss
-from .modeling import HKTConfig, HKTForSequenceClassification
+from .metrics import ERRORS
+from .modeling import HKTConfig
+from .objectives import OBJECTIVES, Objective, objective_of
 from .presets import dump_yaml
-from .tokenization import build_tokenizer, encode_texts
+from .tokenization import build_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -111,7 +103,7 @@ class EpochCallback(TrainerCallback):
 class ExperimentTrainer(Trainer):
     """The `Trainer`, with a training order that a resumed run repeats and an evaluation in the order of the data.
 
-    [`tokenize`] sorts what is evaluated by length, so that a batch needs little padding.
+    [`Objective.prepare`] sorts what is evaluated by length, so that a batch needs little padding.
     """
 
     def _get_train_sampler(self, train_dataset=None):
@@ -125,18 +117,6 @@ class ExperimentTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """As in the Trainer, with the loss of exactly the given rows.
-
-        Several processes fill their last batches up with rows that another one has: the Trainer takes these out of
-        logits and labels, but not out of the mean losses of those batches.
-        """
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.args.world_size > 1:
-            loss = mean_loss(self.model.config.problem_type, output.predictions, output.label_ids)
-            output.metrics[f"{metric_key_prefix}_loss"] = loss
-        return output
 
 
 def train(config: ExperimentConfig) -> dict:
@@ -171,24 +151,27 @@ def train(config: ExperimentConfig) -> dict:
 
     if not state.is_local_main_process:
         datasets.disable_progress_bars()
+    objective = OBJECTIVES[config.objective]
     with state.local_main_process_first():
-        task = load_data(config.data)
+        task = load_data(config.data, need_labels=objective.needs_labels)
+    metric_names = objective.metric_names(task)
     best_metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
-    if best_metric not in ("loss", *METRIC_NAMES[task.problem_type]):
+    if best_metric not in ("loss", *metric_names):
         raise ValueError(
-            f"`training.metric_for_best_model` must be 'loss' or one of {METRIC_NAMES[task.problem_type]}, "
+            f"`training.metric_for_best_model` must be 'loss' or one of {metric_names}, "
             f"got {arguments.metric_for_best_model!r}"
         )
     set_seed(config.seed)
     model, tokenizer = build_model_and_tokenizer(config, task)
     with state.local_main_process_first():
-        splits = tokenize(task.splits, tokenizer, config.tokenizer.max_length)
+        splits = objective.prepare(task.splits, tokenizer, config)
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(output_dir / CONFIG_FILE, dump_yaml(config.to_dict()))
     state.wait_for_everyone()
 
-    main_metric, *_ = METRIC_NAMES[task.problem_type]
+    main_metric, *_ = metric_names
+    trainer_arguments = objective.trainer_arguments(task, tokenizer, config)
     try:
         trainer = ExperimentTrainer(
             model=model,
@@ -196,10 +179,10 @@ def train(config: ExperimentConfig) -> dict:
             train_dataset=splits["train"],
             eval_dataset=splits["validation"],
             processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=compute_metrics_for(task.problem_type),
-            callbacks=[EpochCallback(), CurvesCallback(output_dir, main_metric)],
+            **trainer_arguments,
         )
+        trainer.add_callback(EpochCallback())
+        trainer.add_callback(CurvesCallback(output_dir, main_metric))
     except (RuntimeError, ImportError) as error:  # e.g. a tracker in `report_to` that is not installed
         raise ValueError(f"section `training` can't be used here: {error}") from error
     if state.process_index > 0:
@@ -233,12 +216,13 @@ def train(config: ExperimentConfig) -> dict:
         write_curves(log_history, output_dir, main_metric)
         card = build_card(
             trainer.model,
+            objective=objective,
             name=output_dir.resolve().name,
             base_model=config.model.get("checkpoint"),
             data=task.description,
             task=config.data.task,
             seed=config.seed,
-            metrics={split: {main_metric: values[main_metric]} for split, values in results.items()},
+            metrics={split: {name: values[name] for name in metric_names} for split, values in results.items()},
             training=_training_in_words(trainer),
         )
         _save_final(trainer.model, tokenizer, str(card), output_dir)
@@ -267,50 +251,54 @@ def evaluate_checkpoint(
     _check_finished(checkpoint)
     if split not in ("train", "validation", "test"):
         raise ValueError(f"`split` must be 'train', 'validation' or 'test', got {split!r}")
-    model, tokenizer = load_checkpoint(checkpoint)
+    objective = _objective_of(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, objective.auto_class)
     config = load_experiment(_experiment_file(checkpoint), overrides)
+    if config.objective != objective.name:
+        raise ValueError(f"`objective` of {str(checkpoint)!r} is {objective.name!r}, not {config.objective!r}")
     arguments = training_arguments(config, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
     with PartialState().local_main_process_first():
-        task = load_data(config.data)
-        _check_labels(model.config, task)
+        task = load_data(config.data, need_labels=objective.needs_labels)
+        objective.check_checkpoint(model, tokenizer, task)
         logger.info("%s split of %s", split, task.description)
         wanted = datasets.DatasetDict({split: task.splits[split]})
-        dataset = tokenize(wanted, tokenizer, config.tokenizer.max_length)[split]
+        splits = objective.prepare(wanted, tokenizer, config, train_split=None)
     trainer = ExperimentTrainer(
         model=model,
         args=arguments,
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics_for(task.problem_type),
+        **objective.trainer_arguments(task, tokenizer, config),
     )
-    return _plain_metrics(trainer.evaluate(dataset))
+    return _plain_metrics(trainer.evaluate(splits[split]))
 
 
 def predict(checkpoint: str | Path, texts: list[str]) -> list[list[dict]]:
-    """Labels and scores of texts, the best first.
+    """Labels and scores of texts, the best first; of a masked language model, the five best tokens for the mask.
 
     Args:
         checkpoint (`str` or `Path`): a run's folder or a Hub id.
-        texts (`list[str]`): at least one; longer ones than the tokenizer allows are truncated.
+        texts (`list[str]`): at least one; longer ones than the tokenizer allows are truncated. For a masked language
+            model, each holds the mask token once.
 
     Returns:
         `list[list[dict]]`: for each text a list of `{"label": str, "score": float}`.
 
     Raises:
-        ValueError: no text, a text without a single token, or a checkpoint that can't be used.
+        ValueError: no text, a text without a single token or (for a masked language model) without one mask token, or
+            a checkpoint that can't be used.
     """
     if not texts:
         raise ValueError("`texts` must hold at least one text, got none")
     _check_finished(checkpoint)
-    model, tokenizer = load_checkpoint(checkpoint)
+    objective = _objective_of(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, objective.auto_class)
     for text in texts:
         input_ids = tokenizer(text)["input_ids"]
         if not input_ids:
             raise ValueError(f"`texts` must not hold a text without tokens, got {text!r}")
         if tokenizer.unk_token_id in input_ids:
             logger.warning("the tokenizer does not know every token of %r", text)
-    classify = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
-    return classify(list(texts), truncation=True, top_k=None)
+    return objective.predict(model, tokenizer, list(texts))
 
 
 def check_output_dir(output_dir: Path, config: ExperimentConfig) -> None:
@@ -348,16 +336,13 @@ def check_output_dir(output_dir: Path, config: ExperimentConfig) -> None:
 
 
 def build_model_and_tokenizer(config: ExperimentConfig, task: TaskData):
-    """The model (fresh, or from `model.checkpoint`) with a head for the labels of `task`, and its tokenizer."""
+    """The model (fresh, or from `model.checkpoint`) with a head for the objective and the data, and its tokenizer."""
+    objective = OBJECTIVES[config.objective]
     fields = dict(config.model)
     checkpoint = fields.pop("checkpoint", None)
-    fields |= {
-        "problem_type": task.problem_type,
-        "id2label": dict(enumerate(task.label_names)),
-        "label2id": {name: index for index, name in enumerate(task.label_names)},
-    }
+    fields |= objective.model_fields(task)
     if checkpoint is not None:
-        model = _load_backbone(checkpoint, fields)
+        model = _load_backbone(checkpoint, fields, objective.auto_class)
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and config.tokenizer.max_length > positions:
             raise ValueError(
@@ -369,10 +354,11 @@ def build_model_and_tokenizer(config: ExperimentConfig, task: TaskData):
         config.tokenizer.kind or task.tokenizer_kind,
         model_max_length=config.tokenizer.max_length,
         add_cls_token=config.tokenizer.add_cls_token,
+        split_special_tokens=objective.split_special_tokens,
     )
     fields = {"max_position_embeddings": config.tokenizer.max_length, **fields}
     model_config = HKTConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **fields)
-    return HKTForSequenceClassification(model_config), tokenizer
+    return objective.hkt_class(model_config), tokenizer
 
 
 def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
@@ -398,8 +384,11 @@ def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
         **config.training,
         "output_dir": config.output_dir,
         "seed": config.seed,
+        **OBJECTIVES[config.objective].training_arguments,
         **fixed,
     }
+    if str(values.get("metric_for_best_model")).removeprefix("eval_") in ERRORS:
+        values.setdefault("greater_is_better", False)  # `TrainingArguments` takes only losses for better when lower
     try:
         arguments = TrainingArguments(**values)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
@@ -414,27 +403,6 @@ def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
     return arguments
 
 
-def tokenize(splits: datasets.DatasetDict, tokenizer, max_length: int) -> datasets.DatasetDict:
-    """Token ids (`input_ids`), `labels` and `length` of all splits; validation and test with the longest first.
-
-    Raises:
-        ValueError: a text without a single token (the message names split and row).
-    """
-
-    def encode(batch: dict) -> dict:
-        input_ids = encode_texts(tokenizer, batch["text"], max_length)
-        return {"input_ids": input_ids, "labels": batch["label"], "length": [len(ids) for ids in input_ids]}
-
-    encoded = splits.map(encode, batched=True, remove_columns=["text", "label"], desc="tokenizing")
-    for name, split in encoded.items():
-        lengths = split["length"][:]
-        if min(lengths) == 0:
-            raise ValueError(f"row {lengths.index(0)} of split {name!r} has a text without tokens")
-        if name != "train":
-            encoded[name] = split.sort("length", reverse=True)
-    return encoded
-
-
 def _progress(output_dir: Path) -> tuple[bool, Path | None]:
     """Whether a run is finished, and the checkpoint it goes on from: what the first process sees, for all of them."""
     seen = [(output_dir / METRICS_FILE).is_file(), last_complete_checkpoint(output_dir)]
@@ -444,7 +412,7 @@ def _progress(output_dir: Path) -> tuple[bool, Path | None]:
     return finished, checkpoint
 
 
-def _load_backbone(checkpoint: str, fields: dict):
+def _load_backbone(checkpoint: str, fields: dict, auto_class: type):
     """Weights of a checkpoint under a head of the right size; only the head may differ from the file."""
     folder = local_folder(checkpoint)
     if folder is not None:
@@ -457,7 +425,7 @@ def _load_backbone(checkpoint: str, fields: dict):
                 raise ValueError(f"`model.{name}` is no field of the configuration of {checkpoint!r}")
             setattr(config, name, value)
         config.validate()
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = auto_class.from_pretrained(
             checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except StrictDataclassError as error:
@@ -500,10 +468,14 @@ def _experiment_file(checkpoint: str | Path) -> str:
     return found
 
 
-def _check_labels(config, task: TaskData) -> None:
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    if names != list(task.label_names):
-        raise ValueError(f"the data has the labels {task.label_names}, the checkpoint {names}")
+def _objective_of(checkpoint: str | Path) -> Objective:
+    """What a checkpoint was trained for; classification where no configuration can be read: loading then says why."""
+    try:
+        folder = local_folder(checkpoint)
+        config = read_config(folder) if folder is not None else AutoConfig.from_pretrained(checkpoint).to_dict()
+    except (OSError, ValueError):
+        config = {}
+    return objective_of(config)
 
 
 def _plain_metrics(metrics: dict) -> dict:

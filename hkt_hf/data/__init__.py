@@ -37,7 +37,7 @@ __all__ = [
 _TEST_STREAM, _VALIDATION_STREAM, _SAMPLE_STREAM = range(3)
 
 
-def load_data(config: DataConfig, cache_dir: str | Path | None = None) -> TaskData:
+def load_data(config: DataConfig, cache_dir: str | Path | None = None, need_labels: bool = True) -> TaskData:
     """Read a dataset, encode its labels and make its splits.
 
     Where there is no validation split, as in IMDB and CIFAR-10, one is cut from train (seeded, stratified where each
@@ -50,6 +50,9 @@ def load_data(config: DataConfig, cache_dir: str | Path | None = None) -> TaskDa
     Args:
         config ([`DataConfig`]): which data, and how to split them.
         cache_dir (`str` or `Path`, *optional*): cache of `datasets`; by default its own.
+        need_labels (`bool`, *optional*, defaults to `True`): with `False`, data without labels, or with labels that can't
+            be used, are read as texts alone. Where there are labels, the splits are the same as with `True`: what is
+            pretrained on train has not seen the test split of a classifier.
 
     Returns:
         [`TaskData`]
@@ -66,10 +69,17 @@ def load_data(config: DataConfig, cache_dir: str | Path | None = None) -> TaskDa
     for split, dataset in splits.items():
         if len(dataset) == 0:
             raise ValueError(f"{split} of {source} holds no examples")
-        find_column(dataset, [label_column], "data.label_column", split)
+        if need_labels or config.label_column is not None:
+            find_column(dataset, [label_column], "data.label_column", split)
     splits, notes = _assign_splits(splits, label_column, config)
     inputs = {split: _input_column(dataset, split, config) for split, dataset in splits.items()}
-    labels = encode_labels(splits, label_column, spec.label_names)
+    try:
+        labels = encode_labels(splits, label_column, spec.label_names)
+    except ValueError:
+        if need_labels:
+            raise
+        labels = None
+        notes.append("without labels")
     splits = {split: with_labels(dataset, inputs[split], labels, split) for split, dataset in splits.items()}
     if "test" not in splits:
         splits["train"], splits["test"] = cut_split(
@@ -86,8 +96,8 @@ def load_data(config: DataConfig, cache_dir: str | Path | None = None) -> TaskDa
         splits = datasets.DatasetDict({split: images_to_text(dataset, split) for split, dataset in splits.items()})
     return TaskData(
         splits=splits,
-        problem_type=labels.problem_type,
-        label_names=labels.names,
+        problem_type=labels.problem_type if labels else None,
+        label_names=labels.names if labels else [],
         tokenizer_kind=spec.tokenizer_kind,
         description=_describe(spec.title, source, splits, notes),
     )

@@ -160,16 +160,17 @@ class TaskData:
     """A dataset, ready to be tokenized.
 
     Args:
-        splits ([`datasets.DatasetDict`]): `train`, `validation` and `test` with the columns `text` (`str`) and `label`
-            (a class label, a `float32`, or a list of one `float32` per label).
-        problem_type (`str`): `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+        splits ([`datasets.DatasetDict`]): `train`, `validation` and `test` with the columns `text` (`str`) and, where
+            there are labels, `label` (a class label, a `float32`, or a list of one `float32` per label).
+        problem_type (`str`, *optional*): `"single_label_classification"`, `"multi_label_classification"` or
+            `"regression"`; `None` without labels.
         label_names (`list[str]`): names of the labels in the order of ids; `["value"]` for regression.
         tokenizer_kind (`str`): `kind` that suits [`~hkt_hf.tokenization.build_tokenizer`].
         description (`str`): one line: name, source, sizes, and how the splits were made.
     """
 
     splits: datasets.DatasetDict
-    problem_type: str
+    problem_type: str | None
     label_names: list[str]
     tokenizer_kind: str
     description: str

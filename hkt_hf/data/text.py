@@ -245,6 +245,8 @@ class Labels:
 
 def labels_are_hidden(dataset: datasets.Dataset, column: str) -> bool:
     """Whether all labels are -1, as in the test sets of GLUE on the Hub."""
+    if column not in dataset.column_names:
+        return False
     values = _arrow(dataset, column)
     return pa.types.is_integer(values.type) and values.unique().to_pylist() == [_HIDDEN_LABEL]
 
@@ -402,18 +404,20 @@ def _encode_vectors(rows: Mapping[str, list[list]], column: str) -> Labels:
     return Labels(values, MULTI_LABEL, [str(index) for index in range(num_labels)])
 
 
-def with_labels(dataset: datasets.Dataset, column: str, labels: Labels, split: str) -> datasets.Dataset:
+def with_labels(dataset: datasets.Dataset, column: str, labels: Labels | None, split: str) -> datasets.Dataset:
     """A dataset of two columns: one input column, renamed to `text`, and the encoded `label`.
 
     Args:
         dataset ([`datasets.Dataset`]): one split.
         column (`str`): name of its input column.
-        labels ([`Labels`]): labels of all splits.
+        labels ([`Labels`], *optional*): labels of all splits; without them there is no column `label`.
         split (`str`): which of them.
     """
     dataset = dataset.select_columns([column])
     if column != "text":
         dataset = dataset.rename_column(column, "text")
+    if labels is None:
+        return dataset
     values = labels.values[split]
     return dataset.add_column("label", values if values.ndim == 1 else values.tolist(), feature=labels.feature)
 
@@ -427,7 +431,7 @@ def cut_split(
     """Set part of a dataset aside, at random; where each row has one class, the same part of each class.
 
     Args:
-        dataset ([`datasets.Dataset`]): rows with a column `label`.
+        dataset ([`datasets.Dataset`]): rows, with or without a column `label`.
         fraction (`float`): part to set aside, between 0 and 1.
         seed (sequence of `int`): seed of `numpy.random.default_rng`.
         argument (`str`): the setting that holds the fraction, for messages.
@@ -445,7 +449,7 @@ def cut_split(
             "give a split of your own, or another fraction"
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
-    if isinstance(dataset.features["label"], datasets.ClassLabel):
+    if isinstance(dataset.features.get("label"), datasets.ClassLabel):
         order = _spread_classes(order, np.asarray(dataset["label"][:]))
     mask = np.zeros(len(dataset), dtype=bool)
     mask[order[:size]] = True

@@ -1,0 +1,1 @@
+"""Experiments of several runs each, whose results lie in `results/`."""
