@@ -55,16 +55,17 @@ def dynamic_shapes(names, num_levels, first=0):
 # torch.compile
 
 
-@pytest.mark.parametrize("with_mask", [True, False])
 @pytest.mark.parametrize(
-    "auto_class, num_levels, positions, implementation",
+    "auto_class, num_levels, positions, implementation, with_mask",
     [
-        ("AutoModel", 1, "rope", "eager"),
-        ("AutoModel", 3, "absolute", "sdpa"),
-        pytest.param("AutoModel", 2, "rope", "sdpa", marks=SLOW),
-        pytest.param("AutoModel", 4, "absolute", "sdpa", marks=SLOW),
-        ("AutoModel", 4, "rope", "eager"),
-        ("AutoModelForCausalLM", 3, "rope", "sdpa"),
+        ("AutoModel", 1, "rope", "eager", True),
+        ("AutoModel", 3, "absolute", "sdpa", False),
+        ("AutoModel", 4, "rope", "eager", True),
+        ("AutoModelForCausalLM", 3, "rope", "sdpa", True),
+        pytest.param("AutoModel", 2, "rope", "sdpa", True, marks=SLOW),
+        pytest.param("AutoModel", 4, "absolute", "sdpa", True, marks=SLOW),
+        pytest.param("AutoModel", 4, "rope", "eager", False, marks=SLOW),
+        pytest.param("AutoModelForCausalLM", 4, "absolute", "eager", False, marks=SLOW),
     ],
 )
 def test_one_compiled_graph_serves_all_lengths(auto_class, num_levels, positions, implementation, with_mask):
@@ -96,6 +97,7 @@ def check_that_one_graph_serves_all_lengths(auto_class, implementation, with_mas
     assert counter.frame_count == 1
 
 
+@SLOW
 def test_short_and_single_sequences_compile_too():
     torch._dynamo.reset()
     model = tiny_head("AutoModel", num_levels=4, num_hidden_layers=1)
@@ -184,6 +186,18 @@ def test_an_exported_program_serves_every_length_from_the_smallest_on(num_levels
             exported(input_ids=short, attention_mask=short)
 
 
+def test_token_types_and_norms_as_in_bert_are_exported():
+    fields = {"norm_placement": "post", "type_vocab_size": 2, "position_embedding_type": "absolute"}
+    model = tiny_head("AutoModel", num_hidden_layers=1, **fields)
+    input_ids, attention_mask = right_padded_batch([17, 4], 17)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": input_ids % 2}
+    exported = export(model, inputs, 3).module()
+    for input_ids, attention_mask in padded_batches([18, 3, 1]):
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": input_ids % 2}
+        with torch.no_grad():
+            assert_same(exported(**inputs), model(**inputs), attention_mask)
+
+
 def test_a_program_without_a_mask_survives_saving(tmp_path):
     model = tiny_head("AutoModel", num_levels=3, num_hidden_layers=1)
     input_ids = torch.randint(5, 40, (2, 9))
@@ -234,7 +248,7 @@ def onnx_session(model, num_levels, path):
     "num_levels, positions, implementation",
     [
         (3, "rope", "sdpa"),
-        (4, "absolute", "eager"),
+        pytest.param(4, "absolute", "eager", marks=SLOW),
         pytest.param(1, "absolute", "sdpa", marks=SLOW),
         pytest.param(2, "rope", "eager", marks=SLOW),
         pytest.param(4, "rope", "sdpa", marks=SLOW),

@@ -264,21 +264,6 @@ def test_targets_of_a_regression_are_not_rounded_to_half_precision():
     assert model(input_ids, labels=torch.tensor([3, 4])).loss.dtype == torch.float32
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = randomize(HKTForSequenceClassification(tiny_config())).train()
-    input_ids, attention_mask = right_padded_batch([9, 4], 9)
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        model(input_ids, attention_mask=attention_mask, labels=torch.tensor([0, 2])).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert model.model.layers[0].gradient_checkpointing
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 def test_save_and_load_through_the_auto_classes_is_bit_equal(auto_class, tmp_path):
     model = tiny_head(auto_class)
@@ -351,18 +336,6 @@ def test_hidden_dropout_follows_embeddings_attention_and_feed_forward():
     model(input_ids)
     expected = [model.embed_tokens(input_ids), outputs["attention"], outputs["feed-forward"]]
     assert all(torch.equal(left, right) for left, right in zip(inputs, expected, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_finite(dtype):
-    model = HKTForSequenceClassification(tiny_config()).to(dtype)
-    input_ids, attention_mask = right_padded_batch([9, 4], 9)
-    output = model(input_ids, attention_mask=attention_mask, labels=torch.tensor([0, 2]))
-    output.loss.backward()
-    assert output.logits.dtype == dtype and output.logits.isfinite().all()
-    weights = model(input_ids, output_level_weights=True).level_weights
-    assert all(level_weights.dtype == torch.float32 for level_weights in weights)
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_input_embeddings_are_found():
