@@ -130,6 +130,7 @@ EXPECTED_FILES = {
     "attention_hkt.py",
     "cache_hkt.py",
     "configuration_hkt.py",
+    "from_flat_hkt.py",
     "layout_hkt.py",
     "modeling_hkt.py",
     "README.md",
