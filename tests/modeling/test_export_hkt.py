@@ -283,6 +283,8 @@ def test_onnxruntime_agrees_on_the_tokens_of_a_decoder(tmp_path):
 def test_the_exporters_of_transformers_work(export_format):
     """Their `dynamic=True` marks every dimension as automatic."""
     auto = pytest.importorskip("transformers.exporters.auto", reason="this transformers has no exporters")
+    if not hasattr(auto, "EXPORT_BACKENDS"):
+        pytest.skip("the exporters of this transformers return programs of PyTorch, not models")
     backend = auto.EXPORT_BACKENDS[export_format]
     model = randomize(HKTModel(tiny_config(num_levels=3)))
     input_ids, attention_mask = right_padded_batch([17, 4], 17)
