@@ -479,10 +479,11 @@ def _objective_of(checkpoint: str | Path) -> Objective:
 
 
 def _plain_metrics(metrics: dict) -> dict:
-    """Loss and metrics of an evaluation, without its speed."""
-    speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
+    """Loss and metrics of an evaluation, without its speed and how far training was."""
+    speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    progress = ("epoch", "num_input_tokens_seen")
     names = {key: key.removeprefix("eval_") for key in metrics}
-    return {names[key]: value for key, value in metrics.items() if names[key] not in speed}
+    return {names[key]: value for key, value in metrics.items() if names[key] not in speed + progress}
 
 
 def _training_in_words(trainer: Trainer) -> str:

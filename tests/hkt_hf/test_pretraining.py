@@ -88,6 +88,7 @@ def test_the_experiment_in_miniature(tmp_path, monkeypatch):
     checkpoints = {run.model.get("checkpoint") for run in done if run and "pretrained" in run.output_dir}
     assert checkpoints == {str(tmp_path / "runs" / f"pretraining-seed{seed}") for seed in (0, 1, 100)}
 
+    assert [set(measured) for measured in result["masked_lm"]] == [{"loss", "masked_accuracy", "perplexity"}] * 2
     json.dumps(result)
     plot(result, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
