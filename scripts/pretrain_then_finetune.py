@@ -21,7 +21,7 @@ PROTOCOL = Protocol(
     pretrain_steps=1000,
     finetune_steps=1000,
     pretrain_learning_rate=1e-3,
-    learning_rates=(5e-4, 1e-3, 2e-3),
+    learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
 )
 
 
