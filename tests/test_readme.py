@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from hkt_hf.config import load_experiment
 from hkt_hf.training import train
 
@@ -47,6 +49,31 @@ def test_the_quickstart_table_is_the_measured_one():
         row = f"| {name} | {result['parameters'][arm]:,} | {result['seconds'][arm]:.0f} | {result[arm]:.1%} |"
         assert row in README
     assert result["hkt"] >= result["majority"] + 0.10
+
+
+def test_the_pretraining_figures_are_the_measured_ones():
+    result = json.loads((ROOT / "results" / "pretrain_then_finetune.json").read_text(encoding="utf-8"))
+    steps = (
+        "1,000 steps of masked LM, then 1,000 of classification",
+        "2,000 steps of classification (the same steps and tokens)",
+        "1,000 steps of classification",
+    )
+    for arm, name in zip(("pretrained", "scratch", "short"), steps, strict=True):
+        (row,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", README, flags=re.MULTILINE)
+        shown = [float(value.rstrip("%")) for value in row.split(", ")]
+        assert shown == pytest.approx([100 * accuracy for accuracy in result["test_accuracy"][arm]], abs=0.051)
+        rates = [float(rate) for rate in result["search"][arm]]
+        assert len(rates) == 5 and min(rates) < result["learning_rate"][arm] < max(rates)
+    flat = " ".join(README.split())
+    for control, text in (
+        ("scratch", "loses 4.6 points (paired t over three seeds, 95% interval -6.4 to -2.7)"),
+        ("short", "(-1.0, -2.3 to +0.3)"),
+    ):
+        assert text in flat
+        difference = [100 * result["difference"][control][key] for key in ("mean", "low", "high")]
+        shown = {"scratch": [-4.6, -6.4, -2.7], "short": [-1.0, -2.3, 0.3]}[control]
+        assert difference == pytest.approx(shown, abs=0.051)
+    assert {round(measured["perplexity"], 1) for measured in result["masked_lm"]} == {7.6}
 
 
 def test_links_lead_somewhere():

@@ -196,7 +196,7 @@ def plot(result: dict, path: str | Path) -> None:
         result (`dict`): of [`pretrain_then_finetune`].
         path (`str` or `Path`): PNG file to write.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     labels = {
         "pretrained": "masked-LM pretraining, then fine-tuning",
         "scratch": "from scratch, the same steps",
@@ -210,6 +210,6 @@ def plot(result: dict, path: str | Path) -> None:
     axes.set(xlabel="steps, pretraining included", ylabel="validation accuracy")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend()
+    figure.legend(loc="outside upper center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
