@@ -87,7 +87,14 @@ class CacheStep(NamedTuple):
 
 
 def plan_step(
-    starts: int | torch.Tensor, counts: int | torch.Tensor, mask: torch.Tensor | None, num_columns: int, **kwargs
+    starts: int | torch.Tensor,
+    counts: int | torch.Tensor,
+    mask: torch.Tensor | None,
+    num_columns: int,
+    *,
+    continues: bool,
+    num_levels: int,
+    device: torch.device,
 ) -> CacheStep:
     """Plan a step of `num_columns` columns.
 
@@ -96,12 +103,14 @@ def plan_step(
         counts (`int` or `torch.Tensor` of shape `(B,)`): real tokens among the new columns.
         mask (`torch.Tensor` of shape `(B, n)`, *optional*): real columns among the new ones.
         num_columns (`int`): `n`.
-        kwargs: `continues (bool)`, `num_levels (int)`, `device`.
+        continues (`bool`): whether the cache held columns before.
+        num_levels (`int`): levels `L`.
+        device (`torch.device`): where the new tokens are.
     """
-    columns = torch.arange(num_columns, device=kwargs["device"])
+    columns = torch.arange(num_columns, device=device)
     positions = (_column(starts) + columns).view(-1, num_columns)
     levels = []
-    for level in range(kwargs["num_levels"]):
+    for level in range(num_levels):
         first = _ceil_divide(starts, 2**level)
         ends = _ceil_divide(starts + counts, 2**level)
         offset = 0 if level == 0 else 2 * first - levels[-1].starts
@@ -115,7 +124,7 @@ def plan_step(
             capacity = max(int(ends.max()), 1) if level == 0 else (levels[-1].capacity + 1) // 2
         query_index = positions // 2**level - (_column(first) - 1)
         levels.append(LevelStep(first, ends - first, size, capacity, offset, query_index))
-    return CacheStep(kwargs["continues"], positions, mask, tuple(levels))
+    return CacheStep(continues, positions, mask, tuple(levels))
 
 
 def plan_next_step(

@@ -684,12 +684,10 @@ class HKTModel(HKTPreTrainedModel):
         uses_sdpa = self.config._attn_implementation == "sdpa"
         if self.config.is_decoder:
             # Sequences are padded on the right, so that causality alone hides the padding from every real token.
-            return (
-                None
-                if uses_sdpa
-                else create_causal_mask(
-                    config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
-                )
+            if uses_sdpa:
+                return None
+            return create_causal_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
             )
         if not uses_sdpa:
             return create_bidirectional_mask(
