@@ -11,16 +11,26 @@ upsampled level scores, learned convex weights under one softmax. Ours: the kern
 with its first token, the lifting identity, and the treatment of padding.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
 
 from .layout_hkt import SequenceLayout
+from .polyphase_hkt import polyphase_attention
 
+
+logger = logging.get_logger(__name__)
 
 DOWNSAMPLE_TYPES = ("depthwise", "dense")
+
+# The longest sequence whose score matrix costs less than any way round it, on a CPU. Measured:
+# results/benchmark_short.json.
+MAX_EAGER_LENGTH = 128
 
 
 class CausalDownsample(nn.Module):
@@ -202,7 +212,8 @@ def hierarchical_attention(
             (as in `torch.nn.functional.scaled_dot_product_attention`).
         backend (`str`, *optional*, defaults to `"auto"`): `"eager"` forms the scores and is the reference; `"lifted"`
             runs PyTorch's fused attention on lifted queries and keys and never forms a `T x T` matrix (unless
-            PyTorch does: its CPU kernel does not know dropout); `"auto"` chooses.
+            PyTorch does: its CPU kernel does not know dropout); `"polyphase"` works tile by tile without upsampling
+            and is meant for CPUs; `"auto"` takes what [`choose_backend`] says.
 
     Returns:
         `torch.Tensor`: `(B, H, T, p)`.
@@ -217,9 +228,10 @@ def hierarchical_attention(
         raise ValueError(f"`dropout_p` must lie in [0, 1), got {dropout_p}")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    attend = BACKENDS["lifted" if backend == "auto" else backend]
+    if backend == "auto":
+        backend = _choose(queries).backend
     scale = _default_scale(queries, scale)
-    output = attend(queries, keys, value, level_weights, key_padding_mask, is_causal, scale, dropout_p)
+    output = BACKENDS[backend](queries, keys, value, level_weights, key_padding_mask, is_causal, scale, dropout_p)
     if key_padding_mask is None:
         return output
     sees_a_key = key_padding_mask.cummax(dim=1).values if is_causal else key_padding_mask.any(dim=1, keepdim=True)
@@ -268,7 +280,98 @@ def broadcast_padding_mask(key_padding_mask: torch.Tensor) -> torch.Tensor:
     return (key_padding_mask | ~key_padding_mask.any(dim=1, keepdim=True))[:, None, None, :]
 
 
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"eager": _eager_backend, "lifted": _lifted_backend}
+def _polyphase_backend(queries, keys, value, level_weights, key_padding_mask, is_causal, scale, dropout_p):
+    weights = _factors(queries, level_weights, scale)
+    queries = [weight * query for weight, query in zip(weights, queries, strict=True)]
+    return polyphase_attention(queries, keys, value, key_padding_mask, is_causal, dropout_p)
+
+
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "eager": _eager_backend,
+    "lifted": _lifted_backend,
+    "polyphase": _polyphase_backend,
+}
+
+# Those that a model can be told to use by `attn_implementation`; it has its own names for the others.
+MODEL_BACKENDS = ("polyphase",)
+
+
+class BackendChoice(NamedTuple):
+    """A backend of [`hierarchical_attention`] and why `"auto"` takes it."""
+
+    backend: str
+    reason: str
+
+
+def choose_backend(
+    length: int,
+    num_levels: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    is_compiling: bool = False,
+) -> BackendChoice:
+    """What `backend="auto"` takes: the exact backend that was measured to be the fastest, and the reason.
+
+    Head width, batch size, causality and dropout do not change the choice: from one length on the same backend was the
+    fastest at every width, with and without a causal mask and dropout (results/benchmark_short.json).
+
+    Args:
+        length (`int`): `T`.
+        num_levels (`int`): `L`.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where the tensors are.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): their dtype.
+        is_compiling (`bool`, *optional*, defaults to `False`): `torch.compile` or `torch.export` records the call.
+
+    Returns:
+        `BackendChoice`: `backend`, a key of `BACKENDS`, and `reason`, a sentence.
+    """
+    device = torch.device(device)
+    if num_levels == 1:
+        return BackendChoice("lifted", "one level is flat attention, PyTorch's own kernel")
+    if is_compiling:
+        return BackendChoice("lifted", "a recorded graph serves all lengths, and the compiler knows PyTorch's kernel")
+    if device.type != "cpu":
+        return BackendChoice("lifted", f"no backend was measured against PyTorch's kernels on {device.type!r}")
+    if length <= MAX_EAGER_LENGTH:
+        if dtype in (torch.float16, torch.bfloat16):
+            return BackendChoice("lifted", f"{dtype} scores of a short sequence would be rounded in eager")
+        return BackendChoice("eager", f"the score matrix of up to {MAX_EAGER_LENGTH} tokens is small")
+    return BackendChoice("polyphase", f"the fastest on a CPU beyond {MAX_EAGER_LENGTH} tokens")
+
+
+def _choose(queries: Sequence[torch.Tensor]) -> BackendChoice:
+    states = queries[0]
+    if torch.compiler.is_compiling():
+        return choose_backend(0, len(queries), states.device, states.dtype, is_compiling=True)
+    choice = choose_backend(states.shape[-2], len(queries), states.device, states.dtype)
+    _log_choice(choice)
+    return choice
+
+
+@functools.cache
+def _log_choice(choice: BackendChoice) -> None:
+    logger.info("hierarchical attention uses the backend %r: %s", choice.backend, choice.reason)
+
+
+def attention_backend(
+    implementation: str,
+    queries: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None,
+) -> str | None:
+    """The backend of [`hierarchical_attention`] that serves a model's call, or `None`: an attention function does.
+
+    Args:
+        implementation (`str`): the config's `attn_implementation`: `"auto"`, the name of a backend, or another one.
+        queries (sequence of `torch.Tensor`): `L` tensors `(B, H, T_l, p)`.
+        attention_mask (`torch.Tensor`, *optional*): as in [`dispatch_attention`]. Backends take what keys are padded,
+            `(B, 1, 1, T)` bool; `"auto"` leaves a mask of scores to PyTorch's kernel.
+    """
+    if implementation in MODEL_BACKENDS:
+        return implementation
+    if implementation != "auto" or (attention_mask is not None and attention_mask.shape[-2] != 1):
+        return None
+    backend = _choose(queries).backend
+    return None if backend == "lifted" else backend
 
 
 def dispatch_attention(
@@ -282,6 +385,7 @@ def dispatch_attention(
     scaling: float,
     dropout: float = 0.0,
     layout: SequenceLayout | None = None,
+    backend: str | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The door from a transformers model: the function that the config's `attn_implementation` names does the work.
@@ -297,11 +401,18 @@ def dispatch_attention(
         dropout (`float`, *optional*, defaults to 0.0): dropout of the attention weights.
         layout (`SequenceLayout`, *optional*): where the sequences lie in rows; then `attention_interface` gets and
             returns rows.
+        backend (`str`, *optional*): a backend of [`hierarchical_attention`] instead of `attention_interface`; then
+            `attention_mask` says what keys are padded, `(B, 1, 1, T)` bool, and `module.is_causal` the rest.
         kwargs: handed on to `attention_interface`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: output `(B, T, H, p)` and, in eager, weights `(B, H, T, T)`.
     """
+    if backend is not None:
+        key_padding_mask = None if attention_mask is None else attention_mask[:, 0, 0]
+        attend = BACKENDS[backend]
+        output = attend(queries, keys, value, level_weights, key_padding_mask, module.is_causal, scaling, dropout)
+        return output.transpose(1, 2), None
     if attention_interface is None:
         scores = _scores(queries, keys, level_weights, scaling)
         output, weights = _attend(scores, value, attention_mask, dropout)

@@ -29,7 +29,14 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_hkt import CausalDownsample, attend_to_cache, broadcast_padding_mask, dispatch_attention
+from .attention_hkt import (
+    MODEL_BACKENDS,
+    CausalDownsample,
+    attend_to_cache,
+    attention_backend,
+    broadcast_padding_mask,
+    dispatch_attention,
+)
 from .cache_hkt import CacheStep, HKTCacheLayer, plan_next_step, plan_step, prepare_cache
 from .configuration_hkt import HKTConfig
 from .from_flat_hkt import warm_start
@@ -286,8 +293,11 @@ class HKTAttention(nn.Module):
             attn_weights = None if attn_weights is None else cache_layer.weights_to_rows(attn_weights, layout)
             return attn_output if layout is None else layout.to_rows(attn_output), attn_weights, level_weights
 
-        # `None` stands for eager: it works on the levels themselves.
         implementation = self.config._attn_implementation
+        backend = attention_backend(implementation, queries, attention_mask)
+        if backend is not None or implementation == "auto":
+            implementation = "sdpa"
+        # `None` stands for eager: it works on the levels themselves.
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
         # A function that no mask is made for, such as that of an inference server, knows itself what the rows hold.
         on_rows = layout is not None and implementation not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
@@ -302,6 +312,7 @@ class HKTAttention(nn.Module):
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
             layout=layout if on_rows else None,
+            backend=backend,
             **kwargs,
         )
         attn_output = self.o_proj(attn_output.flatten(2))
@@ -400,6 +411,14 @@ class HKTPreTrainedModel(PreTrainedModel):
                 f"{self.config.head_dim} = {width}: use 'sdpa' or 'flex_attention'"
             )
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers, with HKT's own names: "auto" (the default) and the backends of its operator."""
+        if requested_attention is None:
+            return "auto"
+        if requested_attention in ("auto", *MODEL_BACKENDS):
+            return requested_attention
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -681,15 +700,15 @@ class HKTModel(HKTPreTrainedModel):
         if layout is not None:
             attention_mask = layout.mask
             hidden_states = hidden_states.new_empty(*layout.mask.shape, 1)  # its shape is what is read
-        uses_sdpa = self.config._attn_implementation == "sdpa"
+        takes_padding = self.config._attn_implementation in ("auto", "sdpa", *MODEL_BACKENDS)
         if self.config.is_decoder:
             # Sequences are padded on the right, so that causality alone hides the padding from every real token.
-            if uses_sdpa:
+            if takes_padding:
                 return None
             return create_causal_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
             )
-        if not uses_sdpa:
+        if not takes_padding:
             return create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )
@@ -1320,9 +1339,10 @@ def _check_score_mask(config, mask, batch_size, length, total) -> None:
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"a 4-D `attention_mask` must be bool (True = attend) or additive, got {mask.dtype}")
-    if config._attn_implementation not in ("eager", "sdpa"):
+    if config._attn_implementation not in ("auto", "eager", "sdpa"):
         raise ValueError(
-            f"a 4-D `attention_mask` needs `attn_implementation` 'eager' or 'sdpa', got {config._attn_implementation!r}"
+            "a 4-D `attention_mask` needs `attn_implementation` 'auto', 'eager' or 'sdpa', got "
+            f"{config._attn_implementation!r}"
         )
 
 
