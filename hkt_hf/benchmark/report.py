@@ -292,7 +292,7 @@ def plot(group: Group, path: str | Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, (times, memories) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     colours = iter([*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors])
@@ -304,7 +304,8 @@ def plot(group: Group, path: str | Path) -> None:
         style = {
             "color": "black" if is_reference else next(colours, None),
             "linewidth": 2.4 if is_reference or is_subject else 1.4,
-            "linestyle": "-" if is_reference or is_subject else "--",
+            # What `auto` chose has the same values: both lines are seen.
+            "linestyle": ":" if name == "auto" else "-" if is_reference or is_subject else "--",
             "marker": "o" if is_subject else "s" if is_reference else ".",
             "markersize": 5,
             "zorder": 3 if is_reference or is_subject else 2,
@@ -314,11 +315,14 @@ def plot(group: Group, path: str | Path) -> None:
         low, high = zip(*(entry["seconds"]["quartiles"] for _, entry in measured), strict=True)
         times.fill_between(lengths, low, high, color=style["color"], alpha=0.15, linewidth=0)
         memories.plot(lengths, [total_bytes(entry) for _, entry in measured], **style)
-    for axes, label, formatter in ((times, "time of a step", _duration), (memories, "memory of a step", _size)):
+    for axes, label, formatter, ticks in (
+        (times, "time of a step", _duration, LogLocator(10, subs=(1, 2, 5))),
+        (memories, "memory of a step", _size, LogLocator(2)),
+    ):
         axes.set(xscale="log", yscale="log", xlabel="length T", ylabel=label)
         axes.set_xticks(group.lengths, [f"{length:,}" for length in group.lengths])
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(ticks)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _, formatter=formatter: formatter(value)))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

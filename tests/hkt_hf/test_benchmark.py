@@ -186,10 +186,11 @@ def test_ragged_lengths_reach_from_all_to_half():
 
 
 def test_eager_makes_square_matrices_and_flat_does_not():
-    sizes = OperatorSizes(1024, 8, batch_heads=2)
-    _, eager = peak_allocation(operator_step("eager", "forward_backward", sizes))
-    _, flat = peak_allocation(operator_step("flat", "forward_backward", sizes))
-    assert eager >= 2 * 1024 * 1024 * 4 > 4 * flat
+    def largest(name, length):
+        return peak_allocation(operator_step(name, "forward_backward", OperatorSizes(length, 8, batch_heads=2)))[1]
+
+    assert largest("eager", 2048) == 4 * largest("eager", 1024) == 2 * 2048 * 2048 * 4
+    assert largest("flat", 2048) <= 2 * largest("flat", 1024)
 
 
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "batch_size": 2}
@@ -200,9 +201,10 @@ def test_every_model_trains(name):
     step = model_step(name, "train_step", ModelSizes(64, **TINY))
     step.run()
     peak, largest = peak_allocation(step)
-    # Gradients count in the peak, the two moments of AdamW and the parameters in what stays.
-    assert peak > 4 * step.facts["parameters"] and 0 < largest < peak
-    assert step.resident_bytes() >= 3 * 4 * step.facts["parameters"]
+    # Gradients count in the peak, the two moments of AdamW and the parameters in what stays (poolers get none).
+    trained = 4 * 0.9 * step.facts["parameters"]
+    assert peak > trained and 0 < largest < peak
+    assert step.resident_bytes() > 3 * trained
     forward = model_step(name, "forward", ModelSizes(64, **TINY))
     assert forward.run().shape == (2, registry.NUM_LABELS)
     assert forward.resident_bytes() < step.resident_bytes()
@@ -593,12 +595,8 @@ def test_files_of_something_else_are_refused(tmp_path, capsys):
 WITHOUT_EXTRAS = """
 import sys
 
-class _Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("datasets", "evaluate", "accelerate", "matplotlib", "h_transformer_1d", "mambapy"):
-            raise ImportError(f"{name} is not installed")
-
-sys.meta_path.insert(0, _Blocker())
+blocked = ("datasets", "evaluate", "accelerate", "matplotlib", "h_transformer_1d", "mambapy")
+sys.modules.update(dict.fromkeys(blocked))  # `import` fails, and `find_spec` finds nothing
 from hkt_hf.cli import main
 sys.exit(main(sys.argv[1:]))
 """
