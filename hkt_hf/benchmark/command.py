@@ -1,6 +1,7 @@
 """The command `hkt benchmark`: `operators`, `models`, and `report`, which draws a result again."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -90,6 +91,7 @@ def run_benchmark(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> dict[str, object]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write two lines for every step it counts
     import torch
 
     from .sweep import ModelSweep, OperatorSweep, Protocol, run_sweep

@@ -61,7 +61,7 @@ def measure(
         reference (`str`): the name that the ratios refer to.
         warm_up (`int`): turns before the measured ones; before them each step has run three times for its memory.
         repeats (`int`): measured turns, at least 2.
-        max_step_seconds (`float`): a step that takes longer is not measured.
+        max_step_seconds (`float`): a step that takes longer, at its second call, is not measured.
         device (`str`): `"cpu"` or `"cuda"`.
 
     Returns:
@@ -192,8 +192,8 @@ def peak_allocation(step: Step, device: str = "cpu") -> tuple[int, int | None]:
     threads. What libraries such as oneDNN or BLAS allocate by themselves is not seen, nor is the allocator's slack. On a
     GPU it is what PyTorch's allocator counts, `torch.cuda.max_memory_allocated`, without the largest allocation (`None`).
 
-    Tensors that are there when the step begins (inputs, parameters, optimizer state) do not count; gradients do:
-    `step.release` frees those of the step before.
+    Tensors that are there when the step begins (inputs, parameters, optimizer state) do not count, and on a CPU freeing
+    them is not seen; gradients do count: `step.release` frees those of the step before.
     """
     step.release()
     gc.collect()
@@ -245,8 +245,10 @@ def available_memory() -> int | None:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 amounts.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
+    with contextlib.suppress(OSError, ValueError):  # without a limit the file reads "max"
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text(encoding="ascii"))
-        amounts.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        statistic = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        amounts.append(limit - used + int(statistic.get("inactive_file", 0)))  # file pages that can be dropped
     return min(amounts, default=None)

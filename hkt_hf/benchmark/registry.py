@@ -155,14 +155,15 @@ class Peer:
     Args:
         build (`Callable`): `(sizes, is_decoder)` to a classifier of `NUM_LABELS` classes or, as a decoder, a causal
             language model; raises `NotAvailableError` where it can't be built.
-        note (`str`): what is special about its configuration; it goes into the result.
+        note (`str` or `Callable`): what is special about its configuration, or a function of the sizes that says so; it
+            goes into the result.
         has_decoder (`bool`): whether there is a decoder with a cache.
         package (`str`, *optional*): the package to install, where that is not transformers.
         module (`str`, *optional*): its importable name.
     """
 
     build: Callable[[ModelSizes, bool], nn.Module]
-    note: str = ""
+    note: str | Callable[[ModelSizes], str]
     has_decoder: bool = False
     package: str | None = None
     module: str | None = None
@@ -265,6 +266,12 @@ def _big_bird(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
     return _library_model("big_bird", sizes, is_decoder, sep_token_id=2, attention_type="block_sparse")
 
 
+def _big_bird_note(sizes: ModelSizes) -> str:
+    if sizes.length <= 704:
+        return "full attention, to which the library falls back up to 704 tokens"
+    return "blocks of 64: 2 global, 3 of a window, 3 random"
+
+
 def _nystromformer(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
     landmarks = 64
     if sizes.length % landmarks:
@@ -292,6 +299,15 @@ def _mamba(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
     if is_decoder:
         return AutoModelForCausalLM.from_config(config)
     return MeanClassifier(_LastHiddenState(AutoModel.from_config(config)), sizes.hidden_size)
+
+
+def _mamba_note(sizes: ModelSizes) -> str:
+    scan = "a loop over the tokens (no mamba-ssm, no mambapy)"
+    if sizes.device.startswith("cuda") and importlib.util.find_spec("mamba_ssm") is not None:
+        scan = "the CUDA kernels of mamba-ssm"
+    elif importlib.util.find_spec("mambapy") is not None:
+        scan = "the parallel scan of mambapy"
+    return f"two blocks for each layer (arXiv 2312.00752, section 3.4), one direction; {scan}"
 
 
 class _LastHiddenState(nn.Module):
@@ -352,8 +368,7 @@ PEERS: dict[str, Peer] = {
     ),
     "mamba": Peer(
         _mamba,
-        "two blocks for each layer, one direction (arXiv 2312.00752, section 3.4.3); its CUDA kernels where they are "
-        "installed, else the parallel scan of mambapy where that is, else a loop over the tokens",
+        _mamba_note,
         has_decoder=True,
     ),
 }
@@ -386,6 +401,12 @@ def model_unavailable(name: str) -> str | None:
     return None
 
 
+def peer_note(name: str, sizes: ModelSizes) -> str:
+    """What is special about a peer at these sizes."""
+    note = PEERS[name].note
+    return note if isinstance(note, str) else note(sizes)
+
+
 def model_step(name: str, mode: str, sizes: ModelSizes) -> Step:
     """The step of a model of random weights, on random tokens.
 
@@ -413,8 +434,8 @@ def model_step(name: str, mode: str, sizes: ModelSizes) -> Step:
     facts: dict[str, object] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if kind in ("hkt", REFERENCE):
         facts["attn_implementation"] = model.config._attn_implementation
-    elif PEERS[name].note:
-        facts["note"] = PEERS[name].note
+    else:
+        facts["note"] = peer_note(name, sizes)
     return _decoding(model, sizes, facts) if is_decoder else _training(model, mode, sizes, facts)
 
 

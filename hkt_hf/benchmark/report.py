@@ -54,10 +54,15 @@ class Group:
         return list(dict.fromkeys(name for row in self.rows for name in row["entries"]))
 
     @property
+    def reference(self) -> str:
+        """The entry that the ratios refer to."""
+        return self.rows[0]["reference"]
+
+    @property
     def subjects(self) -> list[str]:
         """The entries that are HKT."""
         if self.kind == "operators":
-            return [name for name in self.names if name != self.rows[0]["reference"]]
+            return [name for name in self.names if name != self.reference]
         return [name for name in self.names if name.partition(":")[0] == "hkt"]
 
     @property
@@ -163,6 +168,7 @@ def markdown(result: dict[str, object]) -> str:
             "",
             *_memory_table(group),
             "",
+            *_allocation_table(group),
             *_remarks(group),
             *_comparison_table(group),
         ]
@@ -196,6 +202,20 @@ def _memory_table(group: Group) -> list[str]:
         return f"{total_bytes(entry) / total_bytes(base):.2f}x, {size}"
 
     return _by_length(group, cell)
+
+
+def _allocation_table(group: Group) -> list[str]:
+    """For operators: a `T x T` matrix shows in the largest allocation."""
+
+    def cell(row, name: str) -> str:
+        size = row["entries"].get(name, {}).get("largest_allocation_bytes")
+        return "" if size is None else _size(size)
+
+    if group.kind != "operators" or not any(
+        entry["largest_allocation_bytes"] for _, entry in group.measured(group.reference)
+    ):
+        return []
+    return ["Largest single allocation of a step:", "", *_by_length(group, cell), ""]
 
 
 def _by_length(group: Group, cell) -> list[str]:
@@ -300,7 +320,7 @@ def plot(group: Group, path: str | Path) -> None:
         measured = list(group.measured(name))
         if not measured:
             continue
-        is_reference, is_subject = name == group.rows[0]["reference"], name in group.subjects
+        is_reference, is_subject = name == group.reference, name in group.subjects
         style = {
             "color": "black" if is_reference else next(colours, None),
             "linewidth": 2.4 if is_reference or is_subject else 1.4,

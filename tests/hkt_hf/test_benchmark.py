@@ -212,8 +212,21 @@ def test_every_model_trains(name):
 
 @pytest.mark.parametrize("name", [name for name in registry.model_names() if name != "fnet"])
 def test_models_take_padding(name):
-    logits = model_step(name, "forward", ModelSizes(64, padding=True, **TINY)).run()
-    assert logits.isfinite().all()
+    padded, whole = (
+        model_step(name, "forward", ModelSizes(64, padding=padding, **TINY)).run() for padding in (True, False)
+    )
+    torch.testing.assert_close(padded[0], whole[0], atol=1e-6, rtol=1e-5)  # the longest sequence has no padding
+    assert padded.isfinite().all() and (padded[1] - whole[1]).abs().max() > 5e-6
+
+
+def test_the_mean_classifier_reads_real_tokens_alone():
+    model = registry.MeanClassifier(lambda ids, mask: ids[..., None].float(), 1)
+    ids, mask = torch.tensor([[1, 2, 3], [1, 2, 9]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    torch.testing.assert_close(model(ids, mask).logits, model.classifier(torch.tensor([[2.0], [1.5]])))
+    torch.testing.assert_close(model(ids).logits, model.classifier(torch.tensor([[2.0], [4.0]])))
+    labels = torch.tensor([0, 1])
+    output = model(ids, mask, labels)
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
 
 
 def test_a_train_step_changes_the_parameters_and_a_backward_alone_does_not(monkeypatch):
@@ -263,6 +276,17 @@ def test_decoding_rows():
         assert row["cache_ratio"] == sizes["hkt"] / sizes["flat"] > 1.3
         assert row["step_ratio"] == times["hkt"]["median"] / times["flat"]["median"]
         assert row["paired_step_ratio"] > 0 and len(times["hkt"]["quartiles"]) == 2
+
+
+def test_notes_say_what_ran(monkeypatch):
+    def note(name, length):
+        return registry.peer_note(name, ModelSizes(length))
+
+    assert "full attention" in note("big_bird", 704) and "blocks of 64" in note("big_bird", 705)
+    assert "parallel scan of mambapy" in note("mamba", 64)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    assert "a loop over the tokens" in note("mamba", 64)
+    assert registry.PEERS.keys() == {name for name in registry.PEERS if note(name, 64)}
 
 
 def test_peers_that_cannot_run_say_why(monkeypatch):
@@ -517,6 +541,7 @@ def test_report_files(tmp_path):
     assert "| 512 | 1 s | 1.50x, 1.5 s | 3.00x, 3 s | NA |" in text
     assert "- gone: NA at T = 256; 512; 1,024; 4,096: not here" in text
     assert "| hkt | peer | 256; 512 | 1,024 | 4,096 |" in text
+    assert "Largest single allocation" not in text  # not counted here
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -532,6 +557,12 @@ def test_plots_of_several_groups_have_names_of_their_own(tmp_path):
     result["rows"] += other + third
     names = [path.name for path in write_report(result, tmp_path / "models.json")[1:]]
     assert names == ["models_train_step.png", "models_forward_1.png", "models_forward_2.png"]
+
+
+def test_operators_show_their_largest_allocation(tmp_path):
+    text = markdown(run_sweep(tiny_operators(lengths=[1024], modes=["forward"]), tmp_path / "operators.json", QUICK))
+    table = text.partition("Largest single allocation")[2]
+    assert "| T | flat | eager |" in table and "| 8 MiB |" in table  # two heads of 1024 x 1024 floats
 
 
 # The command
