@@ -269,7 +269,9 @@ def _big_bird(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
 def _big_bird_note(sizes: ModelSizes) -> str:
     if sizes.length <= 704:
         return "full attention, to which the library falls back up to 704 tokens"
-    return "blocks of 64: 2 global, 3 of a window, 3 random"
+    return (
+        "blocks of 64: 2 global, 3 of a window, 3 random; transformers 5.23 assembles the T x T weights all the same"
+    )
 
 
 def _nystromformer(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
@@ -353,7 +355,11 @@ class _Positional(nn.Module):
 
 PEERS: dict[str, Peer] = {
     "bert": Peer(_bert, "flat SDPA, learned positions", has_decoder=True),
-    "modernbert": Peer(_modernbert, "flat SDPA in every layer (no local ones), rotary positions, gated feed-forward"),
+    "modernbert": Peer(
+        _modernbert,
+        "flat SDPA in every layer (no local ones), rotary positions, gated feed-forward; transformers 5.23 forms the T x T "
+        "mask of local layers all the same",
+    ),
     "longformer": Peer(_longformer, "window of 512, to a multiple of which it pads; the first token is global"),
     "big_bird": Peer(
         _big_bird, "blocks of 64, 3 random ones; full attention up to 704 tokens, as the library decides"

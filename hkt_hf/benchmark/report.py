@@ -149,8 +149,9 @@ def crossings(ratios: dict[int, float]) -> list[float]:
 def markdown(result: dict[str, object]) -> str:
     """The whole report as Markdown: for each group tables of time and memory, reasons and notes, and who wins where."""
     lines = [f"# Benchmark: {result['kind']}", ""]
-    if result["command"]:
-        lines += ["```bash", result["command"], "```", ""]
+    commands = dict.fromkeys(row["made"]["command"] for row in result["rows"] if row["made"]["command"])
+    if commands:
+        lines += ["```bash", *commands, "```", ""]
     for group in groups(result):
         made, protocol = group.rows[0]["made"], group.rows[0]["protocol"]
         versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "transformers"))
@@ -205,15 +206,13 @@ def _memory_table(group: Group) -> list[str]:
 
 
 def _allocation_table(group: Group) -> list[str]:
-    """For operators: a `T x T` matrix shows in the largest allocation."""
+    """A `T x T` matrix shows in the largest allocation."""
 
     def cell(row, name: str) -> str:
         size = row["entries"].get(name, {}).get("largest_allocation_bytes")
         return "" if size is None else _size(size)
 
-    if group.kind != "operators" or not any(
-        entry["largest_allocation_bytes"] for _, entry in group.measured(group.reference)
-    ):
+    if not any(cell(row, name) for row in group.rows for name in group.names):
         return []
     return ["Largest single allocation of a step:", "", *_by_length(group, cell), ""]
 

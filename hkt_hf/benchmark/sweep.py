@@ -258,8 +258,8 @@ def run_sweep(
         on_row (`Callable`, *optional*): called with the result whenever it was written.
 
     Returns:
-        `dict`: what the file holds: `kind`, `rows`, `command`, versions, machine and commit. A row has `configuration`,
-        `protocol`, `reference`, `entries` as in [`measure`], and `made`: versions, machine, processor and commit.
+        `dict`: what the file holds: `kind`, `rows`, and of the last run `command`, versions, machine and commit. A row has `configuration`,
+        `protocol`, `reference`, `entries` as in [`measure`], and `made`: versions, machine, processor, commit and command.
 
     Raises:
         ValueError: `output` is a file of something else.
@@ -268,7 +268,7 @@ def run_sweep(
     output = Path(output)
     rows = _read_rows(output, sweep.kind)
     here = environment(_MEASURED_PACKAGES)
-    made = {**here, "processor": processor()}
+    made = {**here, "processor": processor(), "command": command}
     settings = {**dataclasses.asdict(protocol), "threads": torch.get_num_threads()}
     output.parent.mkdir(parents=True, exist_ok=True)
     result = {"kind": sweep.kind, "rows": rows, "command": command, **here}
