@@ -243,6 +243,10 @@ def test_a_train_step_changes_the_parameters_and_a_backward_alone_does_not(monke
         step.run()
         same = all(torch.equal(old, new) for old, new in zip(before, models[-1].parameters(), strict=True))
         assert same is not changes
+        if not changes:  # a second call clears the gradients of the first
+            first = [parameter.grad.clone() for parameter in models[-1].parameters()]
+            step.run()
+            torch.testing.assert_close([parameter.grad for parameter in models[-1].parameters()], first)
         assert all(parameter.grad is not None for parameter in models[-1].parameters())
         step.release()
         assert all(parameter.grad is None for parameter in models[-1].parameters())
