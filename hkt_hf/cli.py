@@ -1,4 +1,4 @@
-"""The command `hkt`: train, evaluate, predict, push."""
+"""The command `hkt`: train, evaluate, predict, push, benchmark."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from huggingface_hub.errors import HfHubHTTPError
 
+from .benchmark.command import add_benchmark_parser, run_benchmark
 from .files import write_json
 
 
@@ -44,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("repo_id", help="user/name or organisation/name")
     push.add_argument("--private", action="store_true", help="make a private repository if it is new")
     push.add_argument("--revision", help="branch to commit to")
+
+    add_benchmark_parser(commands)
     return parser
 
 
@@ -57,20 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         `int`: 0, or 1 after an error that the user can mend (its message goes to standard error).
     """
     options, rest = build_parser().parse_known_args(arguments)
+    options.words = list(sys.argv[1:] if arguments is None else arguments)
     if rest and options.command not in ("train", "evaluate"):
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     # Under `torchrun` or `accelerate launch`: one process speaks, and one does what needs no others.
     is_first = int(os.environ.get("RANK", "0")) == 0
-    if not is_first and options.command in ("predict", "push"):
+    if not is_first and options.command in ("predict", "push", "benchmark"):
         return 0
     logging.basicConfig(
         level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        {"train": _train, "evaluate": _evaluate, "predict": _predict, "push": _push}[options.command](options, rest)
+        _COMMANDS[options.command](options, rest)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues from what was saved last", file=sys.stderr)
         return 130
     except (ValueError, OSError, HfHubHTTPError) as error:
         print(f"hkt {options.command}: {error}", file=sys.stderr)
@@ -133,6 +137,13 @@ def _push(options: argparse.Namespace, rest: list[str]) -> None:
         raise
     except Exception as error:  # of the HTTP library, which is another one in each major version of huggingface_hub
         raise ConnectionError(f"the push broke off, the repository is as it was: {error}") from error
+
+
+def _benchmark(options: argparse.Namespace, rest: list[str]) -> None:
+    run_benchmark(options)
+
+
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "push": _push, "benchmark": _benchmark}
 
 
 if __name__ == "__main__":

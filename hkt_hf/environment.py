@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import torch
 PACKAGES = ("hkt-hf", "torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface-hub", "tokenizers")
 
 
-def environment() -> dict[str, object]:
+def environment(packages: Sequence[str] = PACKAGES) -> dict[str, object]:
     """What every result carries: `versions` of Python and of the packages, `machine`, and `commit` where known."""
     return {
-        "versions": {"python": platform.python_version(), **_package_versions()},
+        "versions": {"python": platform.python_version(), **_package_versions(packages)},
         "machine": machine(),
         "commit": commit(),
     }
@@ -26,6 +27,11 @@ def machine() -> str:
     """The processor that trains, in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return processor()
+
+
+def processor() -> str:
+    """The CPU of this machine and the number of its cores, in words."""
     return f"{os.cpu_count()} x {_processor_name()}"
 
 
@@ -42,9 +48,9 @@ def commit() -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def _package_versions() -> dict[str, str]:
+def _package_versions(packages: Sequence[str]) -> dict[str, str]:
     versions = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -1,14 +1,13 @@
 """What a decoder's cache costs: bytes, and seconds for one more token, against the flat twin."""
 
-import statistics
-import time
-
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import Cache
 
 from ..modeling import HKTForCausalLM
 from ..presets import preset
+from .measurement import summary, take_turns
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -25,6 +24,32 @@ def _tensors(values):
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _tensors(value)
+
+
+class DecodingStep:
+    """A decoder that has read `context` random tokens; each call reads one more, and its cache grows by it.
+
+    Args:
+        model (`nn.Module`): a causal language model of transformers, or one with its interface.
+        context (`int`): tokens before the first call.
+        batch_size (`int`): sequences.
+
+    `cache` is the model's cache, wherever the model's output keeps it.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: nn.Module, context: int, batch_size: int = 1):
+        self.model = model.eval()
+        vocab_size, device = model.config.vocab_size, next(model.parameters()).device
+        output = model(torch.randint(vocab_size, (batch_size, context), device=device), use_cache=True)
+        self._cache_name = "cache_params" if "cache_params" in output else "past_key_values"
+        self.cache = output[self._cache_name]
+        self._token = torch.randint(vocab_size, (batch_size, 1), device=device)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        """Decode one token."""
+        self.model(self._token, use_cache=True, **{self._cache_name: self.cache})
 
 
 def measure_decoding(
@@ -52,54 +77,33 @@ def measure_decoding(
         `list[dict]`: one entry a context, with bytes of both caches after the prompt, median and quartiles of the
         seconds of a step, and the ratios of HKT to flat: bytes, medians, and the median of the step by step ratios.
     """
-    vocab_size, rows = 512, []
-    models = {}
+    rows, models = [], {}
     for arm, levels in (("flat", 1), ("hkt", num_levels)):
         torch.manual_seed(0)
         config = preset(
             model_name,
-            vocab_size=vocab_size,
+            vocab_size=512,
             num_levels=levels,
             is_decoder=True,
             max_position_embeddings=max(contexts) + num_tokens + warm_up,
         )
-        models[arm] = HKTForCausalLM(config).to(device, dtype).eval()
-    with torch.inference_mode():
-        for context in tqdm(contexts, desc="contexts"):
-            prompt = torch.randint(vocab_size, (batch_size, context), device=device)
-            caches = {arm: model(prompt, logits_to_keep=1).past_key_values for arm, model in models.items()}
-            sizes = {arm: cache_bytes(cache) for arm, cache in caches.items()}
-            seconds: dict[str, list[float]] = {arm: [] for arm in models}
-            for step in range(warm_up + num_tokens):
-                token = torch.randint(vocab_size, (batch_size, 1), device=device)
-                for arm in sorted(models, reverse=step % 2 == 1):  # neither arm always comes first
-                    elapsed = _seconds(models[arm], token, caches[arm], device)
-                    if step >= warm_up:
-                        seconds[arm].append(elapsed)
-            medians = {arm: statistics.median(values) for arm, values in seconds.items()}
-            rows.append(
-                {
-                    "context": context,
-                    "cache_bytes": sizes,
-                    "cache_ratio": sizes["hkt"] / sizes["flat"],
-                    "step_seconds": {
-                        arm: {"median": medians[arm], "quartiles": statistics.quantiles(values, n=4)[::2]}
-                        for arm, values in seconds.items()
-                    },
-                    "step_ratio": medians["hkt"] / medians["flat"],
-                    "paired_step_ratio": statistics.median(
-                        hkt / flat for hkt, flat in zip(seconds["hkt"], seconds["flat"], strict=True)
-                    ),
-                }
-            )
+        models[arm] = HKTForCausalLM(config).to(device, dtype)
+    for context in tqdm(contexts, desc="contexts"):
+        steps = {arm: DecodingStep(model, context, batch_size) for arm, model in models.items()}
+        sizes = {arm: cache_bytes(step.cache) for arm, step in steps.items()}
+        seconds = take_turns(steps, warm_up, num_tokens, device)
+        arms = {arm: summary(seconds[arm], seconds["flat"]) for arm in steps}
+        rows.append(
+            {
+                "context": context,
+                "cache_bytes": sizes,
+                "cache_ratio": sizes["hkt"] / sizes["flat"],
+                "step_seconds": {
+                    arm: {key: values["seconds"][key] for key in ("median", "quartiles")}
+                    for arm, values in arms.items()
+                },
+                "step_ratio": arms["hkt"]["ratio"],
+                "paired_step_ratio": arms["hkt"]["paired_ratio"],
+            }
+        )
     return rows
-
-
-def _seconds(model: HKTForCausalLM, token: torch.Tensor, cache: Cache, device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    model(token, past_key_values=cache)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -1,0 +1,489 @@
+"""What can be measured: the operator's backends and the models, HKT beside its peers, each as a [`Step`]."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..modeling import attention_hkt
+from .decoding import DecodingStep, cache_bytes
+from .measurement import NotAvailableError, Step
+
+
+REFERENCE = "flat"
+"""The entry that all ratios refer to: PyTorch's fused attention on level 0, or the flat twin (`num_levels=1`) with it."""
+
+OPERATOR_MODES = ("forward", "forward_backward")
+MODEL_MODES = ("forward", "forward_backward", "train_step", "decode_step")
+NUM_LABELS = 2
+
+
+def sequence_lengths(batch_size: int, length: int) -> list[int]:
+    """Real tokens of each sequence of a ragged batch: from `length` down to half of it, in equal steps."""
+    shortest = length - length // 2
+    return [length - round((length - shortest) * row / max(batch_size - 1, 1)) for row in range(batch_size)]
+
+
+def padding_mask(batch_size: int, length: int, device: str) -> torch.Tensor:
+    """`(B, T)` bool, True = real, of a batch with the lengths of [`sequence_lengths`], padded on the right."""
+    lengths = torch.tensor(sequence_lengths(batch_size, length), device=device)
+    return torch.arange(length, device=device) < lengths[:, None]
+
+
+def _bytes_of(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# Operators
+
+
+@dataclass(frozen=True)
+class OperatorSizes:
+    """One configuration of the operator: `batch_heads` is `B * H`, `batch_size` the `B` of it."""
+
+    length: int
+    width: int
+    batch_heads: int = 8
+    batch_size: int = 1
+    num_levels: int = 3
+    is_causal: bool = False
+    padding: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def operator_names() -> list[str]:
+    """The reference `"flat"`, every backend of `hierarchical_attention`, and `"auto"`, which chooses among these."""
+    return [REFERENCE, *attention_hkt.BACKENDS, "auto"]
+
+
+def operator_unavailable(name: str, device: str) -> str | None:
+    """Why an operator can't run on a device, whatever the sizes; `None` where it can."""
+    if name == "triton" and not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton needs a GPU: --device cuda, or without times to believe in the environment TRITON_INTERPRET=1"
+    return None
+
+
+def operator_step(name: str, mode: str, sizes: OperatorSizes) -> Step:
+    """The step of an operator on normal random inputs, the same for every name.
+
+    `"forward"` keeps no graph; `"forward_backward"` takes the gradients of all queries, keys, values and level weights.
+
+    Raises:
+        NotAvailableError: the operator can't run on the device.
+    """
+    if reason := operator_unavailable(name, sizes.device):
+        raise NotAvailableError(reason)
+    heads = sizes.batch_heads // sizes.batch_size
+    dtype = getattr(torch, sizes.dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(sizes.device, dtype)
+
+    def levels(count: int) -> list[torch.Tensor]:
+        blocks = [-(-sizes.length // 2**level) for level in range(count)]
+        return [random(sizes.batch_size, heads, block, sizes.width) for block in blocks]
+
+    num_levels = 1 if name == REFERENCE else sizes.num_levels
+    queries, keys, (value, grad_output) = levels(num_levels), levels(num_levels), [levels(1)[0] for _ in range(2)]
+    level_weights = random(heads, num_levels, dtype=torch.float32).softmax(dim=-1)
+    mask = padding_mask(sizes.batch_size, sizes.length, sizes.device) if sizes.padding else None
+    inputs = [*queries, *keys, value] if name == REFERENCE else [*queries, *keys, value, level_weights]
+    facts: dict[str, object] = {}
+
+    if name == REFERENCE:
+        # PyTorch takes a mask or `is_causal`: behind padding on the right, no real query sees a padded key anyway.
+        flat_mask = None if mask is None or sizes.is_causal else mask[:, None, None, :]
+        if mask is not None and sizes.is_causal:
+            facts["note"] = "without the padding mask, which a causal mask makes needless on the right"
+
+        def attend() -> torch.Tensor:
+            return F.scaled_dot_product_attention(
+                queries[0], keys[0], value, attn_mask=flat_mask, is_causal=sizes.is_causal
+            )
+    else:
+
+        def attend() -> torch.Tensor:
+            return attention_hkt.hierarchical_attention(
+                queries, keys, value, level_weights, key_padding_mask=mask, is_causal=sizes.is_causal, backend=name
+            )
+
+    if mode == "forward":
+        return Step(torch.no_grad()(attend), resident_bytes=lambda: _bytes_of(inputs), facts=facts)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    return Step(
+        lambda: torch.autograd.grad(attend(), inputs, grad_output),
+        resident_bytes=lambda: _bytes_of([*inputs, grad_output]),
+        facts=facts,
+    )
+
+
+# Models
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """One configuration of a model, dropout 0 everywhere; `num_new_tokens` is what decoding adds to `length` at most."""
+
+    length: int
+    batch_size: int = 8
+    hidden_size: int = 128
+    num_attention_heads: int = 8
+    num_hidden_layers: int = 2
+    intermediate_size: int = 512
+    num_levels: int = 3
+    vocab_size: int = 512
+    padding: bool = False
+    num_new_tokens: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model that HKT is measured against.
+
+    Args:
+        build (`Callable`): `(sizes, is_decoder)` to a classifier of `NUM_LABELS` classes or, as a decoder, a causal
+            language model; raises `NotAvailableError` where it can't be built.
+        note (`str` or `Callable`): what is special about its configuration, or a function of the sizes that says so; it
+            goes into the result.
+        has_decoder (`bool`): whether there is a decoder with a cache.
+        package (`str`, *optional*): the package to install, where that is not transformers.
+        module (`str`, *optional*): its importable name.
+    """
+
+    build: Callable[[ModelSizes, bool], nn.Module]
+    note: str | Callable[[ModelSizes], str]
+    has_decoder: bool = False
+    package: str | None = None
+    module: str | None = None
+
+
+class MeanClassifier(nn.Module):
+    """A linear classifier of the mean hidden state, for encoders that come without one.
+
+    Args:
+        encoder (`nn.Module`): `input_ids (B, T)` and `mask (B, T)` or `None` to hidden states `(B, T, d)`.
+        hidden_size (`int`): `d`.
+    """
+
+    def __init__(self, encoder: Callable[..., torch.Tensor], hidden_size: int):
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(hidden_size, NUM_LABELS)
+
+    def forward(self, input_ids, attention_mask=None, labels=None) -> SequenceClassifierOutput:
+        """Logits `(B, NUM_LABELS)` and, with `labels (B,)`, the cross-entropy."""
+        hidden_states = self.encoder(input_ids, attention_mask)
+        if attention_mask is None:
+            pooled = hidden_states.mean(dim=1)
+        else:
+            weights = attention_mask.to(hidden_states.dtype)
+            weights = weights / weights.sum(dim=1, keepdim=True)
+            pooled = (weights[:, None] @ hidden_states).squeeze(1)
+        logits = self.classifier(pooled)
+        return SequenceClassifierOutput(
+            loss=F.cross_entropy(logits, labels) if labels is not None else None, logits=logits
+        )
+
+
+def _library_model(model_type: str, sizes: ModelSizes, is_decoder: bool, **fields) -> nn.Module:
+    """A model of transformers, by `model_type`, with the sizes under the names that most configurations use."""
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            "vocab_size": sizes.vocab_size,
+            "hidden_size": sizes.hidden_size,
+            "num_attention_heads": sizes.num_attention_heads,
+            "num_hidden_layers": sizes.num_hidden_layers,
+            "intermediate_size": sizes.intermediate_size,
+            # Room for tables that begin behind the padding id, and for lengths rounded up to a whole block.
+            "max_position_embeddings": -(-sizes.length // 64) * 64 + 2 + sizes.num_new_tokens,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "classifier_dropout": 0.0,
+            "num_labels": NUM_LABELS,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **({"is_decoder": True} if is_decoder else {}),
+            **fields,
+        },
+    )
+    return (AutoModelForCausalLM if is_decoder else AutoModelForSequenceClassification).from_config(config)
+
+
+def _hkt(sizes: ModelSizes, is_decoder: bool, num_levels: int, attn_implementation: str | None) -> nn.Module:
+    config = AutoConfig.for_model(
+        "hkt",
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_hidden_layers=sizes.num_hidden_layers,
+        intermediate_size=sizes.intermediate_size,
+        max_position_embeddings=sizes.length + sizes.num_new_tokens,
+        num_levels=num_levels,
+        num_labels=NUM_LABELS,
+        hidden_dropout=0.0,
+        is_decoder=is_decoder,
+    )
+    auto_class = AutoModelForCausalLM if is_decoder else AutoModelForSequenceClassification
+    return auto_class.from_config(config, attn_implementation=attn_implementation)
+
+
+def _bert(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
+    return _library_model("bert", sizes, is_decoder, attn_implementation="sdpa")
+
+
+def _modernbert(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
+    return _library_model(
+        "modernbert",
+        sizes,
+        is_decoder,
+        attn_implementation="sdpa",
+        layer_types=["full_attention"] * sizes.num_hidden_layers,
+        classifier_pooling="mean",
+        cls_token_id=1,
+        sep_token_id=2,
+    )
+
+
+def _longformer(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
+    return _library_model("longformer", sizes, is_decoder, attention_window=512)
+
+
+def _big_bird(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
+    return _library_model("big_bird", sizes, is_decoder, sep_token_id=2, attention_type="block_sparse")
+
+
+def _big_bird_note(sizes: ModelSizes) -> str:
+    if sizes.length <= 704:
+        return "full attention, to which the library falls back up to 704 tokens"
+    return (
+        "blocks of 64: 2 global, 3 of a window, 3 random; transformers 5.23 assembles the T x T weights all the same"
+    )
+
+
+def _nystromformer(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
+    landmarks = 64
+    if sizes.length % landmarks:
+        raise NotAvailableError(f"takes lengths that are multiples of its {landmarks} landmarks, got {sizes.length}")
+    return _library_model(
+        "nystromformer", sizes, is_decoder, num_landmarks=landmarks, segment_means_seq_len=sizes.length
+    )
+
+
+def _fnet(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
+    if sizes.padding:
+        raise NotAvailableError("mixes by a Fourier transform, which has no padding mask")
+    return _library_model("fnet", sizes, is_decoder)
+
+
+def _mamba(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
+    fields = {
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "num_hidden_layers": 2 * sizes.num_hidden_layers,
+        "pad_token_id": 0,
+        "use_mambapy": importlib.util.find_spec("mambapy") is not None,
+    }
+    config = AutoConfig.for_model("mamba", **fields)
+    if is_decoder:
+        return AutoModelForCausalLM.from_config(config)
+    return MeanClassifier(_LastHiddenState(AutoModel.from_config(config)), sizes.hidden_size)
+
+
+def _mamba_note(sizes: ModelSizes) -> str:
+    scan = "a loop over the tokens (no mamba-ssm, no mambapy)"
+    if sizes.device.startswith("cuda") and importlib.util.find_spec("mamba_ssm") is not None:
+        scan = "the CUDA kernels of mamba-ssm"
+    elif importlib.util.find_spec("mambapy") is not None:
+        scan = "the parallel scan of mambapy"
+    return f"two blocks for each layer (arXiv 2312.00752, section 3.4), one direction; {scan}"
+
+
+class _LastHiddenState(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def _h_transformer_1d(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
+    from h_transformer_1d import HTransformer1D
+
+    multiple, rest = divmod(sizes.intermediate_size, sizes.hidden_size)
+    if rest:
+        raise NotAvailableError(
+            f"takes feed-forward widths that are multiples of {sizes.hidden_size}, got {sizes.intermediate_size}"
+        )
+    longest = 1 << max(sizes.length - 1, 1).bit_length()
+    model = HTransformer1D(
+        num_tokens=sizes.vocab_size,
+        dim=sizes.hidden_size,
+        depth=sizes.num_hidden_layers,
+        max_seq_len=longest,
+        heads=sizes.num_attention_heads,
+        dim_head=sizes.hidden_size // sizes.num_attention_heads,
+        ff_mult=multiple,
+        block_size=min(128, max(longest // 4, 1)),
+    )
+    model.to_logits = model.to_logits[0]  # its layer norm, without the language-model head
+    return MeanClassifier(_Positional(model), sizes.hidden_size)
+
+
+class _Positional(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids, mask=None if attention_mask is None else attention_mask.bool())
+
+
+PEERS: dict[str, Peer] = {
+    "bert": Peer(_bert, "flat SDPA, learned positions", has_decoder=True),
+    "modernbert": Peer(
+        _modernbert,
+        "flat SDPA in every layer (no local ones), rotary positions, gated feed-forward; transformers 5.23 forms the T x T "
+        "mask of local layers all the same",
+    ),
+    "longformer": Peer(_longformer, "window of 512, to a multiple of which it pads; the first token is global"),
+    "big_bird": Peer(
+        _big_bird, "blocks of 64, 3 random ones; full attention up to 704 tokens, as the library decides"
+    ),
+    "nystromformer": Peer(_nystromformer, "64 landmarks"),
+    "fnet": Peer(_fnet, "Fourier transforms instead of attention"),
+    "h-transformer-1d": Peer(
+        _h_transformer_1d,
+        "blocks of 128, or of a quarter of a shorter sequence; pads to a power of 2",
+        package="h-transformer-1d",
+        module="h_transformer_1d",
+    ),
+    "mamba": Peer(
+        _mamba,
+        _mamba_note,
+        has_decoder=True,
+    ),
+}
+"""Peers by name, which is the `model_type` of transformers or the name of the package that has the model."""
+
+
+def model_names() -> list[str]:
+    """HKT, its flat twin, and all peers. `"hkt:NAME"` besides is HKT with that `attn_implementation`."""
+    return [REFERENCE, "hkt", *PEERS]
+
+
+def check_model_name(name: str) -> None:
+    """ValueError for a name that [`model_step`] does not know."""
+    kind, separator, implementation = name.partition(":")
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if kind == "hkt" and separator:
+        if implementation not in known:
+            raise ValueError(
+                f"`models` {name!r}: the `attn_implementation` must be one of {known}, got {implementation!r}"
+            )
+    elif name not in model_names():
+        raise ValueError(f"`models` must be among {[*model_names(), 'hkt:ATTN_IMPLEMENTATION']}, got {name!r}")
+
+
+def model_unavailable(name: str) -> str | None:
+    """Why a model can't run here, whatever the sizes; `None` where it can."""
+    peer = PEERS.get(name)
+    if peer is not None and peer.module is not None and importlib.util.find_spec(peer.module) is None:
+        return f"the package {peer.package} is not installed: pip install {peer.package}"
+    return None
+
+
+def peer_note(name: str, sizes: ModelSizes) -> str:
+    """What is special about a peer at these sizes."""
+    note = PEERS[name].note
+    return note if isinstance(note, str) else note(sizes)
+
+
+def model_step(name: str, mode: str, sizes: ModelSizes) -> Step:
+    """The step of a model of random weights, on random tokens.
+
+    `"forward"` computes the logits of a sequence classifier in evaluation mode; `"forward_backward"` its loss and the
+    gradients of all parameters; `"train_step"` clears the gradients, does the same and lets AdamW step; `"decode_step"`
+    reads one more token with `length` tokens in the cache of a causal language model.
+
+    Raises:
+        NotAvailableError: the model can't run here, at this length or in this mode.
+    """
+    if reason := model_unavailable(name):
+        raise NotAvailableError(reason)
+    is_decoder = mode == "decode_step"
+    kind, _, implementation = name.partition(":")
+    torch.manual_seed(0)
+    if kind == "hkt":
+        model = _hkt(sizes, is_decoder, sizes.num_levels, implementation or None)
+    elif kind == REFERENCE:
+        model = _hkt(sizes, is_decoder, 1, "sdpa")
+    else:
+        if is_decoder and not PEERS[name].has_decoder:
+            raise NotAvailableError("an encoder has no decoding step")
+        model = PEERS[name].build(sizes, is_decoder)
+    model = model.to(sizes.device, getattr(torch, sizes.dtype))
+    facts: dict[str, object] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    if kind in ("hkt", REFERENCE):
+        facts["attn_implementation"] = model.config._attn_implementation
+    else:
+        facts["note"] = peer_note(name, sizes)
+    return _decoding(model, sizes, facts) if is_decoder else _training(model, mode, sizes, facts)
+
+
+def _decoding(model: nn.Module, sizes: ModelSizes, facts: dict[str, object]) -> Step:
+    step = DecodingStep(model, sizes.length, sizes.batch_size)
+    return Step(
+        step,
+        resident_bytes=lambda: _bytes_of(_state(model)) + cache_bytes(step.cache),
+        facts={**facts, "cache_bytes": cache_bytes(step.cache)},
+    )
+
+
+def _training(model: nn.Module, mode: str, sizes: ModelSizes, facts: dict[str, object]) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    shape = (sizes.batch_size, sizes.length)
+    inputs = {"input_ids": torch.randint(3, sizes.vocab_size, shape, generator=generator).to(sizes.device)}
+    if sizes.padding:
+        mask = padding_mask(*shape, sizes.device)
+        inputs = {"input_ids": inputs["input_ids"].masked_fill(~mask, 0), "attention_mask": mask.long()}
+    if mode == "forward":
+        model.eval()
+        return Step(
+            torch.no_grad()(lambda: model(**inputs).logits),
+            resident_bytes=lambda: _bytes_of([*_state(model), *inputs.values()]),
+            facts=facts,
+        )
+    model.train()
+    labels = torch.randint(NUM_LABELS, shape[:1], generator=generator).to(sizes.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        if mode == "train_step":
+            optimizer.step()
+
+    def resident() -> int:
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        return _bytes_of([*_state(model), *inputs.values(), *filter(torch.is_tensor, moments)])
+
+    return Step(step, release=optimizer.zero_grad, resident_bytes=resident, facts=facts)
+
+
+def _state(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
