@@ -1,6 +1,6 @@
 """Self-contained model code: what travels with a checkpoint and needs only torch and transformers."""
 
-from .attention_hkt import CausalDownsample, hierarchical_attention, hierarchical_scores, lift
+from .attention_hkt import CausalDownsample, choose_backend, hierarchical_attention, hierarchical_scores, lift
 from .configuration_hkt import HKTConfig
 from .modeling_hkt import (
     HKTForCausalLM,
@@ -25,6 +25,7 @@ __all__ = [
     "HKTForTokenClassification",
     "HKTModel",
     "HKTPreTrainedModel",
+    "choose_backend",
     "hierarchical_attention",
     "hierarchical_scores",
     "lift",

@@ -343,7 +343,10 @@ def _choose(queries: Sequence[torch.Tensor]) -> BackendChoice:
     states = queries[0]
     if torch.compiler.is_compiling():
         return choose_backend(0, len(queries), states.device, states.dtype, is_compiling=True)
-    choice = choose_backend(states.shape[-2], len(queries), states.device, states.dtype)
+    device_type = states.device.type
+    autocasts = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocasts else states.dtype
+    choice = choose_backend(states.shape[-2], len(queries), states.device, dtype)
     _log_choice(choice)
     return choice
 

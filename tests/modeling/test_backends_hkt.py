@@ -76,7 +76,7 @@ def build(num_levels, is_decoder=False, **fields):
 
 @pytest.mark.parametrize("num_levels", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", "registered"])
+@pytest.mark.parametrize("implementation", ["sdpa", "polyphase", "flex_attention", "registered"])
 def test_outputs_are_those_of_eager(implementation, batch, num_levels, unfused_flex):
     inputs = batches()[batch]
     for is_decoder in (False, True):
@@ -97,7 +97,7 @@ def test_outputs_are_those_of_eager(implementation, batch, num_levels, unfused_f
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("num_levels, share", [(1, False), (3, False), (3, True), (4, False)])
-@pytest.mark.parametrize("implementation", ["sdpa", "registered"])
+@pytest.mark.parametrize("implementation", ["sdpa", "polyphase", "registered"])
 def test_gradients_are_those_of_eager(implementation, num_levels, share, batch):
     inputs = batches()[batch]
     positions = "absolute" if batch == "packed" else "rope"
@@ -262,7 +262,7 @@ def test_flash_attention_refuses_wide_heads_by_name(auto_class):
         type(model)._from_config(copy.deepcopy(model.config), attn_implementation="flash_attention_2")
     with pytest.raises(ValueError, match=r"'kernels-community/flash-attn2' .* = 320"):
         model.set_attn_implementation("kernels-community/flash-attn2")
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "auto"
 
 
 def test_a_head_as_wide_as_flash_attention_takes_is_not_refused(flash):

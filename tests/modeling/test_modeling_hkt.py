@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from hkt_hf import HKTConfig, HKTForCausalLM, HKTForSequenceClassification, HKTModel
+from hkt_hf.modeling import polyphase_hkt
 from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, HKTAttention, pool
 
 
@@ -92,16 +93,24 @@ def test_a_fully_padded_row_is_finite(implementation, pooling):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_model_reaches_the_fused_cpu_kernel_and_forms_no_square_matrix(padded):
+@pytest.mark.parametrize(
+    "implementation, kernel",
+    [("sdpa", "aten::_scaled_dot_product_flash_attention_for_cpu"), ("auto", "mkldnn::_linear_pointwise")],
+)
+def test_the_model_reaches_the_fast_cpu_kernels_and_forms_no_square_matrix(
+    implementation, kernel, padded, monkeypatch
+):
+    monkeypatch.setattr(polyphase_hkt, "TILE", 256)
     length = 1536
     sizes = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "num_hidden_layers": 1}
     model = HKTModel(tiny_config(max_position_embeddings=length, **sizes))
+    model.set_attn_implementation(implementation)
     input_ids, attention_mask = right_padded_batch([length, length - 500], length)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         output = model(input_ids, attention_mask=attention_mask if padded else None)
         output.last_hidden_state.sum().backward()
     names = {event.key for event in profiler.key_averages()}
-    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert kernel in names
     assert "aten::_scaled_dot_product_attention_math" not in names
     bytes_of_a_square_bool_mask = length * length
     assert max(event.cpu_memory_usage for event in profiler.events()) < bytes_of_a_square_bool_mask
