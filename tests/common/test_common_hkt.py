@@ -3,6 +3,7 @@
 The tests come from the source distribution of the installed version and are skipped where it can't be had.
 """
 
+import tempfile
 import unittest
 
 import common_model_tests
@@ -33,6 +34,24 @@ NAME_TABLES = {
 }
 
 
+class AutoIsTheDefault:
+    """The one common test that HKT answers in its own way: the default attention is "auto" and not "sdpa"."""
+
+    def test_sdpa_can_dispatch_non_composite_models(self):
+        """What is asked for is what runs, and without a wish it is "auto"."""
+        for model_class in self.all_model_classes:
+            config, _ = self.model_tester.prepare_config_and_inputs_for_common()
+            with tempfile.TemporaryDirectory() as folder:
+                model_class(config).save_pretrained(folder)
+                self.assertEqual(model_class.from_pretrained(folder).config._attn_implementation, "auto")
+                for wish in ("auto", "sdpa", "eager", "polyphase"):
+                    model = model_class.from_pretrained(folder, attn_implementation=wish)
+                    found = {
+                        module.config._attn_implementation for module in model.modules() if hasattr(module, "config")
+                    }
+                    self.assertEqual(found, {wish})
+
+
 class HKTModelTester(common_model_tests.ModelTester):
     config_class = HKTConfig
     base_model_class = HKTModel
@@ -44,7 +63,7 @@ class HKTDecoderModelTester(HKTModelTester):
     config_fields = {"is_decoder": True, "pooling": "last", "hidden_dropout": 0.0}
 
 
-class HKTModelTest(common_model_tests.CommonTests, unittest.TestCase):
+class HKTModelTest(AutoIsTheDefault, common_model_tests.CommonTests, unittest.TestCase):
     model_tester_class = HKTModelTester
     name_tables = NAME_TABLES
     all_model_classes = (
@@ -66,7 +85,7 @@ class HKTModelTest(common_model_tests.CommonTests, unittest.TestCase):
     }
 
 
-class HKTDecoderModelTest(common_model_tests.CommonDecoderTests, unittest.TestCase):
+class HKTDecoderModelTest(AutoIsTheDefault, common_model_tests.CommonDecoderTests, unittest.TestCase):
     model_tester_class = HKTDecoderModelTester
     name_tables = NAME_TABLES
     all_model_classes = (
