@@ -30,7 +30,7 @@ DOWNSAMPLE_TYPES = ("depthwise", "dense")
 
 # The longest sequence whose score matrix costs less than any way round it, on a CPU. Measured:
 # results/benchmark_short.json.
-MAX_EAGER_LENGTH = 128
+MAX_EAGER_LENGTH = 160
 
 
 class CausalDownsample(nn.Module):

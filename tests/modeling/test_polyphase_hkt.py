@@ -212,7 +212,7 @@ def test_it_is_one_operator_for_a_compiler(small_tiles):
 
 
 def test_the_choice_is_explained_and_logged_once(monkeypatch):
-    assert choose_backend(4096, 3) == ("polyphase", "the fastest on a CPU beyond 128 tokens")
+    assert choose_backend(4096, 3) == ("polyphase", "the fastest on a CPU beyond 160 tokens")
     assert choose_backend(64, 3).backend == "eager"
     assert choose_backend(64, 3, dtype=torch.bfloat16).backend == "lifted"
     assert choose_backend(4096, 1).backend == "lifted"
@@ -224,8 +224,8 @@ def test_the_choice_is_explained_and_logged_once(monkeypatch):
     monkeypatch.setattr(attention_hkt.logger, "info", lambda message, *values: messages.append(message % values))
     attention_hkt._log_choice.cache_clear()
     for _ in range(2):
-        hierarchical_attention(*make_inputs(140, 2))
-    assert messages == ["hierarchical attention uses the backend 'polyphase': the fastest on a CPU beyond 128 tokens"]
+        hierarchical_attention(*make_inputs(170, 2))
+    assert messages == ["hierarchical attention uses the backend 'polyphase': the fastest on a CPU beyond 160 tokens"]
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_a_model_uses_what_is_chosen_and_an_explicit_choice_wins(implementation,
     assert model_class(config).config._attn_implementation == "auto"
     model = randomize(model_class._from_config(config, attn_implementation=implementation))
     assert model.config._attn_implementation == implementation
-    input_ids, attention_mask = right_padded_batch([140, 90], 140)
+    input_ids, attention_mask = right_padded_batch([170, 90], 170)
     with torch.no_grad():
         actual = model(input_ids, attention_mask=attention_mask)[0]
         assert calls == ([] if expected is None else [expected])
@@ -266,8 +266,8 @@ def test_a_model_uses_what_is_chosen_and_an_explicit_choice_wins(implementation,
 
 def test_a_mask_of_scores_is_left_to_pytorchs_kernel_and_refused_by_name(calls):
     model = randomize(HKTModel(tiny_config(max_position_embeddings=256, num_hidden_layers=1)))
-    input_ids, _ = right_padded_batch([140], 140)
-    mask = torch.rand(1, 1, 140, 140) < 0.5
+    input_ids, _ = right_padded_batch([170], 170)
+    mask = torch.rand(1, 1, 170, 170) < 0.5
     with torch.no_grad():
         actual = model(input_ids, attention_mask=mask)[0]
         assert calls == []
