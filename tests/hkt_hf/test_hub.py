@@ -133,6 +133,7 @@ EXPECTED_FILES = {
     "from_flat_hkt.py",
     "layout_hkt.py",
     "modeling_hkt.py",
+    "triton_hkt.py",
     "README.md",
     "config.yaml",
     "metrics.json",
