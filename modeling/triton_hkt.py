@@ -908,24 +908,68 @@ HELD_PHASES = {"forward": 2, "query_gradient": 1, "key_gradient": 1}
 INTERPRETED_TILE = {"BLOCK_HELD": 16, "WALKED": 2, "BLOCK_WALKED": 16}  # the smallest: the interpreter does not tune
 
 
+# Held rows, walked rows, walked phases, warps, pipeline stages: what the autotuner tries, by the bytes of an element and
+# the width. Each compiles for compute capability 9.0 within its 227 KiB of shared memory, and those for half precision
+# up to width 64 spill at most 128 bytes a thread.
+_TILES = {
+    (2, 64): {
+        "forward": [
+            (128, 64, 4, 4, 2),
+            (128, 64, 4, 4, 3),
+            (128, 64, 2, 4, 2),
+            (256, 64, 4, 8, 2),
+            (256, 64, 4, 8, 3),
+        ],
+        "query_gradient": [
+            (64, 32, 2, 4, 2),
+            (64, 64, 4, 4, 2),
+            (64, 64, 2, 4, 2),
+            (128, 64, 4, 8, 2),
+            (128, 64, 2, 8, 2),
+        ],
+        "key_gradient": [
+            (64, 32, 2, 4, 2),
+            (64, 32, 2, 4, 3),
+            (64, 64, 4, 4, 2),
+            (128, 32, 2, 8, 2),
+            (128, 64, 4, 8, 2),
+        ],
+    },
+    (2, 128): {
+        "forward": [(128, 32, 2, 8, 2)],
+        "query_gradient": [(128, 32, 2, 8, 2), (64, 32, 2, 8, 2)],
+        "key_gradient": [(64, 16, 1, 8, 2), (64, 32, 2, 8, 2)],
+    },
+    (4, 64): {
+        "forward": [(64, 32, 2, 4, 2), (128, 32, 2, 8, 1)],
+        "query_gradient": [(64, 16, 1, 8, 1), (64, 32, 2, 4, 1)],
+        "key_gradient": [(64, 32, 2, 8, 1), (32, 32, 2, 4, 2)],
+    },
+    (4, 128): {
+        "forward": [(64, 16, 1, 4, 1)],
+        "query_gradient": [(32, 16, 1, 4, 1)],
+        "key_gradient": [(32, 16, 1, 4, 1)],
+    },
+}
+
+
 def tiles(name: str, num_levels: int, block_width: int, itemsize: int) -> list[dict[str, int]]:
-    """The tiles among which the autotuner chooses: keyword arguments of [`triton.Config`], flat.
+    """The tiles among which the autotuner chooses: arguments of [`triton.Config`] and of the kernel.
 
     Args:
         name (`str`): a key of `KERNELS`.
         num_levels (`int`): `L`.
-        block_width (`int`): the head width, rounded up to a power of two.
-        itemsize (`int`): bytes of an element of the inputs.
+        block_width (`int`): the head width, rounded up to a power of two, at most 128.
+        itemsize (`int`): bytes of an element of the inputs, 2 or 4.
     """
-    return [
-        {
-            "BLOCK_HELD": 64,
-            "WALKED": min(2, 2 ** (num_levels - 1)),
-            "BLOCK_WALKED": 16,
-            "num_warps": 4,
-            "num_stages": 2,
-        }
-    ]
+    result = []
+    for held_rows, walked_rows, walked, num_warps, num_stages in _TILES[itemsize, max(64, block_width)][name]:
+        walked = min(walked, 2 ** (num_levels - 1))
+        tile = {"BLOCK_HELD": held_rows // held_phases(name, num_levels), "WALKED": walked}
+        tile |= {"BLOCK_WALKED": walked_rows // walked, "num_warps": num_warps, "num_stages": num_stages}
+        if tile not in result:
+            result.append(tile)
+    return result
 
 
 def held_phases(name: str, num_levels: int) -> int:
