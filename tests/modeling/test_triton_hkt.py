@@ -27,15 +27,18 @@ DEVICE = "cuda" if on_gpu else "cpu"
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-@pytest.fixture
-def tiles(monkeypatch):
-    """Sets how many phases the kernels hold and walk."""
+def set_tiles(monkeypatch, held, walked):
+    """How many phases the kernels hold and walk, at most."""
+    monkeypatch.setattr(triton_hkt, "HELD_PHASES", dict.fromkeys(triton_hkt.HELD_PHASES, held))
+    monkeypatch.setitem(triton_hkt.INTERPRETED_TILE, "WALKED", walked)
 
-    def set_tiles(held, walked):
-        monkeypatch.setattr(triton_hkt, "HELD_PHASES", dict.fromkeys(triton_hkt.HELD_PHASES, held))
-        monkeypatch.setitem(triton_hkt.INTERPRETED_TILE, "WALKED", walked)
 
-    return set_tiles
+@pytest.fixture(autouse=True, scope="module")
+def _large_tiles():
+    """The interpreter takes as long for a large tile as for a small one."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_tiles(monkeypatch, 4, 4)
+        yield
 
 
 def assert_close(leaves, dtype=torch.float32, mask=None, is_causal=False, **kwargs):
@@ -43,12 +46,15 @@ def assert_close(leaves, dtype=torch.float32, mask=None, is_causal=False, **kwar
     leaves = [*(leaf.to(dtype).double() for leaf in leaves[:-1]), leaves[-1]]
     actual = attend(leaves, dtype, "triton", **kwargs)
     assert all(tensor.isfinite().all() for tensor in actual)
-    flat = error(attend_flat(leaves, dtype, None, is_causal), attend_flat(leaves, torch.float64, None, is_causal))
-    assert error(actual, attend(leaves, torch.float64, "eager", **kwargs)) <= max(8 * flat, FLOOR[dtype])
+    expected = attend(leaves, torch.float64, "eager", **kwargs)
+    flat, flat_expected = (attend_flat(leaves, precision, None, is_causal) for precision in (dtype, torch.float64))
+    # Of the size of the inputs, 1: where a query sees one key, gradients are what rounding leaves of zero.
+    flat_error = error(flat, flat_expected, smallest=1.0)
+    assert error(actual, expected, smallest=1.0) <= max(8 * flat_error, FLOOR[dtype])
     return actual
 
 
-@settings(max_examples=16)
+@settings(max_examples=12)
 @given(
     length=st.integers(1, 70),
     num_levels=st.integers(1, 4),
@@ -72,10 +78,12 @@ def test_outputs_and_gradients_are_those_of_eager(length, num_levels, width, is_
     assert_close(leaves, dtype, mask, is_causal, scale=0.7 if seed % 2 else None)
 
 
-@pytest.mark.parametrize("held, walked", [(1, 1), (2, 1), (4, 2), (2, 4), (8, 8)])
-@pytest.mark.parametrize("num_levels", [3, 4])
-def test_how_many_phases_a_program_takes_does_not_matter(held, walked, num_levels, tiles):
-    tiles(held, walked)
+@pytest.mark.parametrize(
+    "num_levels, held, walked",
+    [(3, 1, 1), (3, 1, 2), (3, 1, 4), (3, 2, 2), (3, 2, 4), (3, 4, 1), (4, 2, 8), (4, 8, 2)],
+)
+def test_how_many_phases_a_program_takes_does_not_matter(num_levels, held, walked, monkeypatch):
+    set_tiles(monkeypatch, held, walked)
     mask = torch.rand(1, 45, device=DEVICE) < 0.8
     assert_close(make_inputs(45, num_levels, 16, DEVICE, 1, 1), mask=mask, is_causal=True)
 

@@ -58,11 +58,15 @@ def output_and_gradients(output, leaves):
     return [output.detach(), *torch.autograd.grad((output * probe.to(output.dtype)).sum(), leaves)]
 
 
-def error(actual, expected):
-    """The largest relative error over the tensors; of one that should be zero, what is not."""
+def error(actual, expected, smallest=1e-6):
+    """The largest relative error over the tensors, root mean squares; `smallest` is the least to divide by.
+
+    The gradient of level weights is a sum over all features, large and of both signs: at least the root of their number.
+    """
     errors = []
     for tensor, reference in zip(actual, expected, strict=True):
-        norm = reference.norm().clamp_min(1e-6 * reference.numel() ** 0.5)
+        least = (expected[0].numel() / len(reference)) ** 0.5 if reference.dim() == 2 else smallest
+        norm = reference.norm().clamp_min(least * reference.numel() ** 0.5)
         errors.append(((tensor.double() - reference).norm() / norm).item())
     return max(errors)
 
