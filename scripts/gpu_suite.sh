@@ -38,7 +38,7 @@ step() {
     [ ! -e "$out/$name.done" ] || { echo "$name: done before"; return; }
     [ "$left" -ge 30 ] || { echo "$name: no time left"; return; }
     timeout "$left" "$@" > "$out/$name.log" 2>&1 || status=$?
-    echo "$name: exit status $status after $((limit - SECONDS - left < 0 ? left - limit + SECONDS : 0)) s"
+    echo "$name: exit status $status after $((left - limit + SECONDS)) s"
     tail -n 5 "$out/$name.log"
     if [ "$status" -eq 0 ]; then touch "$out/$name.done"; else failed=1; fi
 }
