@@ -651,6 +651,7 @@ def _query_gradient_kernel(
     dout,
     lse,
     delta,
+    exact_delta,
     dq0,
     dq1,
     dq2,
@@ -672,7 +673,11 @@ def _query_gradient_kernel(
     BLOCK_HELD: tl.constexpr,
     BLOCK_WALKED: tl.constexpr,
 ):
-    """Gradients of queries before the level weights; holds queries, walks over keys."""
+    """Gradients of queries before the level weights, and `delta` as the key gradients need it; holds queries.
+
+    The score gradients of a row sum to zero. They do not with a `delta` from the rounded output, and the gradients of the
+    level weights would add up that error times the mean score of a row. The sum itself is what `delta` lacks.
+    """
     R: tl.constexpr = 1 << (L - 1)
     GROUPS: tl.constexpr = R // HELD
     num_columns = tl.cdiv(T, R)
@@ -705,6 +710,7 @@ def _query_gradient_kernel(
     gradient = _load(dout, batch, head, first, held_phase, H, T, 0, L, HELD, BLOCK_HELD, P, BLOCK_P, TOKEN_MAJOR, True)
     row_lse = tl.load(lse + bh * T + i, mask=i < T, other=float("inf"))
     row_delta = tl.load(delta + bh * T + i, mask=i < T, other=0.0)
+    row_excess = tl.zeros((HELD * BLOCK_HELD,), tl.float32)
     if DROPOUT:
         dropout_seed = tl.load(seed)
         kept_factor = 1.0 / (1.0 - dropout_p)
@@ -808,6 +814,7 @@ def _query_gradient_kernel(
                     kept = _keep(dropout_seed, bh, i[:, None], j[None, :], dropout_p)
                     attention_gradient = tl.where(kept, attention_gradient * kept_factor, 0.0)
                 dscores = attention * (attention_gradient - row_delta[:, None])
+                row_excess += tl.sum(dscores, 1)
                 query0_gradient += _dot(dscores.to(key0.dtype), key0, PRECISION)
                 if L > 1:
                     coarse = _coarser(dscores, 0, HELD, BLOCK_HELD, WALKED, BLOCK_WALKED)
@@ -837,6 +844,7 @@ def _query_gradient_kernel(
                                         cast = dscores3.to(key0.dtype)
                                         query3_gradient += _dot(cast, key3, PRECISION)
 
+    tl.store(exact_delta + bh * T + i, row_delta + row_excess, mask=i < T)
     _store_partial(dq0, query0_gradient, batch, head, first, held_phase, B, H, T, 0, L, HELD, BLOCK_HELD, P, BLOCK_P)
     if L > 1:
         _store_partial(
@@ -1068,13 +1076,14 @@ class _Call:
         heads = self.batch_size * self.num_heads
         grid = (triton.cdiv(self.length, ROWS) * heads,)
         _delta_kernel[grid](output, gradient, delta, self.num_heads, self.length, **self.width_constants, BLOCK=ROWS)
-        inputs = [*self.inputs(), gradient, lse, delta]
-        query_partials = self._partials("query_gradient")
-        _launch("query_gradient", self, [*inputs, *query_partials])
+        inputs = [*self.inputs(), gradient, lse]
+        # Not in place: the autotuner runs a kernel many times.
+        query_partials, exact_delta = self._partials("query_gradient"), torch.empty_like(delta)
+        _launch("query_gradient", self, [*inputs, delta, exact_delta, *query_partials])
         query_gradients, _ = self._finish(query_partials, self.queries, products=False)
         del query_partials
         key_partials, value_gradient = self._partials("key_gradient"), torch.empty_like(self.value)
-        _launch("key_gradient", self, [*inputs, *key_partials, value_gradient])
+        _launch("key_gradient", self, [*inputs, exact_delta, *key_partials, value_gradient])
         key_gradients, weight_gradient = self._finish(key_partials, self.keys, products=True)
         return [*query_gradients, *key_gradients, value_gradient, weight_gradient]
 

@@ -1,9 +1,11 @@
 """The Triton kernels, run by Triton's interpreter on the CPU, against eager in float64; and compiled for a GPU.
 
-Tolerance: the error is at most 8 times that of flat fused attention in the same precision (the worst over the output and
-all gradients), or 2e-6 in float32, where flat attention of a few positions is exact.
+Tolerance: of the output and of each gradient, twice the larger error of PyTorch's own attention ("eager" and "lifted") in
+the same dtype, plus a small floor (tests/programs/check_triton.py). The interpreter truncates where a GPU rounds to
+bfloat16, so that errors in bfloat16 are twice those of a GPU at most.
 """
 
+import importlib.util
 import json
 import math
 import sys
@@ -11,10 +13,10 @@ import sys
 import pytest
 import torch
 from clients import run_python
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from launch import ROOT
-from programs.check_triton import attend, attend_flat, error, make_inputs
+from programs.check_triton import attend, compare, errors, floors, make_inputs
 from programs.check_triton import main as check_triton
 
 from hkt_hf import hierarchical_attention, hierarchical_scores
@@ -24,7 +26,6 @@ from hkt_hf.modeling import triton_hkt
 on_gpu = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(triton_hkt.triton is None, reason="needs the package triton")
 DEVICE = "cuda" if on_gpu else "cpu"
-FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def set_tiles(monkeypatch, held, walked):
@@ -42,21 +43,19 @@ def _large_tiles():
 
 
 def assert_close(leaves, dtype=torch.float32, mask=None, is_causal=False, **kwargs):
-    kwargs |= {"key_padding_mask": mask, "is_causal": is_causal}
     leaves = [*(leaf.to(dtype).double() for leaf in leaves[:-1]), leaves[-1]]
-    actual = attend(leaves, dtype, "triton", **kwargs)
-    assert all(tensor.isfinite().all() for tensor in actual)
-    expected = attend(leaves, torch.float64, "eager", **kwargs)
-    flat, flat_expected = (attend_flat(leaves, precision, None, is_causal) for precision in (dtype, torch.float64))
     # Of the size of the inputs, 1: where a query sees one key, gradients are what rounding leaves of zero.
-    flat_error = error(flat, flat_expected, smallest=1.0)
-    assert error(actual, expected, smallest=1.0) <= max(8 * flat_error, FLOOR[dtype])
+    actual, triton_errors, _, limits = compare(
+        leaves, dtype, smallest=1.0, key_padding_mask=mask, is_causal=is_causal, **kwargs
+    )
+    for i, (error, limit) in enumerate(zip(triton_errors, limits, strict=True)):
+        assert error <= limit, f"tensor {i} of the output, queries, keys, value and weights"
     return actual
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes
 @given(
-    length=st.integers(1, 70),
+    length=st.integers(1, 48),
     num_levels=st.integers(1, 4),
     width=st.sampled_from([8, 16, 24]),
     is_causal=st.booleans(),
@@ -76,6 +75,14 @@ def test_outputs_and_gradients_are_those_of_eager(length, num_levels, width, is_
         mask = {"any": torch.rand(2, length) < 0.5, "left": index >= cut, "right": index < cut}[padding].to(DEVICE)
     leaves = make_inputs(length, num_levels, width, DEVICE, batch_size=2, num_heads=1)
     assert_close(leaves, dtype, mask, is_causal, scale=0.7 if seed % 2 else None)
+
+
+def test_the_rounding_of_the_output_does_not_reach_the_gradients_of_level_weights():
+    """Scores of a mean far from zero: what the score gradients of a row miss to sum to zero would be multiplied by it."""
+    queries, keys, value, weights = make_inputs(16, 1, 16, DEVICE, 1, 12)
+    leaves = [leaf.bfloat16().double() for leaf in (queries + 1.0, keys + 1.0, value)] + [weights]
+    _, triton_errors, pytorch_errors, _ = compare(leaves, torch.bfloat16)
+    assert triton_errors[-1] <= 1.5 * pytorch_errors[-1]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,8 @@ def test_dropout_is_the_same_in_the_backward_pass(is_causal):
     output = (scores.softmax(-1) * kept / (1 - p)) @ leaves[6]
     probe = torch.linspace(0, 50, output.numel(), dtype=torch.float64, device=DEVICE).sin().view_as(output)
     expected = [output.detach(), *torch.autograd.grad((output * probe).sum(), leaves)]
-    assert error(actual, expected) < 2e-6
+    for error, limit in zip(errors(actual, expected), floors(torch.float32, 3), strict=True):
+        assert error < limit
 
     again = attend([*features, weights], torch.float32, "triton", is_causal=is_causal, dropout_p=p)
     assert not torch.equal(actual[0], again[0])
@@ -194,24 +202,12 @@ def test_what_the_kernels_do_not_take_is_refused(monkeypatch):
         call()
 
 
-WITHOUT_TRITON = """
-import sys
-
-class _Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ImportError("triton is not installed")
-
-sys.meta_path.insert(0, _Blocker())
-import hkt_hf
-assert "hkt_hf.modeling.triton_hkt" not in sys.modules
-from hkt_hf.modeling import triton_hkt
-assert triton_hkt.triton is None
-"""
-
-
-def test_the_module_can_be_imported_without_triton(tmp_path):
-    run_python(WITHOUT_TRITON, tmp_path, {"PYTHONPATH": str(ROOT)})
+def test_the_module_can_be_imported_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location("triton_hkt_without_triton", triton_hkt.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.triton is None and not module.is_interpreting()
 
 
 COMPILE = "import sys; from programs.compile_triton import main; main()"
@@ -248,7 +244,7 @@ def test_every_tile_of_the_autotuner_compiles_for_hopper(dtype, width, tmp_path)
 
 
 def test_the_program_for_a_gpu_runs(monkeypatch, tmp_path):
-    options = ["--device", DEVICE, "--lengths", "21", "--dtypes", "float32", "--levels", "2", "--widths", "16"]
+    options = ["--device", DEVICE, "--lengths", "9", "--dtypes", "float32", "--levels", "2", "--widths", "16"]
     monkeypatch.setattr(sys, "argv", ["check_triton.py", str(tmp_path / "check.json"), *options])
     assert check_triton() == 0
     result = json.loads((tmp_path / "check.json").read_text())

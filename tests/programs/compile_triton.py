@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,12 +18,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hkt_hf.modeling import triton_hkt
+
+# The module by itself: the package takes longer to import than a kernel to compile.
+sys.path.insert(0, str(Path(__file__).parents[2] / "modeling"))
+import triton_hkt
 
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 INTEGERS = {"B", "H", "T", "length"}
-POINTERS = {"weights": "*fp32", "lse": "*fp32", "delta": "*fp32", "padding": "*u8", "seed": "*i64"}
+POINTERS = {
+    "weights": "*fp32",
+    "lse": "*fp32",
+    "delta": "*fp32",
+    "exact_delta": "*fp32",
+    "padding": "*u8",
+    "seed": "*i64",
+}
 POINTERS |= {"partials": "*fp32", "products": "*fp32"}
 
 
