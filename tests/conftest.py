@@ -18,6 +18,11 @@ settings.register_profile("default", deadline=None, max_examples=30, derandomize
 settings.load_profile("default")
 
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its interpreter runs our kernels, which nothing else could.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

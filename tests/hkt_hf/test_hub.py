@@ -134,6 +134,7 @@ EXPECTED_FILES = {
     "layout_hkt.py",
     "modeling_hkt.py",
     "polyphase_hkt.py",
+    "triton_hkt.py",
     "README.md",
     "config.yaml",
     "metrics.json",
