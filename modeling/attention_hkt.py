@@ -28,8 +28,7 @@ logger = logging.get_logger(__name__)
 
 DOWNSAMPLE_TYPES = ("depthwise", "dense")
 
-# The longest sequence whose score matrix costs less than any way round it, on a CPU. Measured:
-# results/benchmark_short.json.
+# The longest sequence that forms the score matrix on a CPU. Measured: results/benchmark_short.json.
 MAX_EAGER_LENGTH = 160
 
 
@@ -324,8 +323,8 @@ def choose_backend(
 ) -> BackendChoice:
     """What `backend="auto"` takes: the exact backend that was measured to be the fastest, and the reason.
 
-    Head width, batch size, causality and dropout do not change the choice: from one length on the same backend was the
-    fastest at every width, with and without a causal mask and dropout (results/benchmark_short.json).
+    One threshold in length serves all head widths and batch sizes; docs/speed.md says how far from the fastest that was
+    (results/benchmark_short.json).
 
     Args:
         length (`int`): `T`.

@@ -76,7 +76,7 @@ class _Layout:
         step = max(1, tile // self.phases)
         self.spans = [(start, min(start + step, self.indices)) for start in range(0, self.indices, step)]
         # Short sequences: the tiles of several heads are one batch.
-        size = max(1, (TILE // min(tile, self.indices * self.phases)) ** 2)
+        size = max(1, (TILE // max(1, min(tile, self.indices * self.phases))) ** 2)
         heads = batch_size * self.num_heads
         self.groups = [slice(start, min(start + size, heads)) for start in range(0, heads, size)]
         self._later_tiles: dict[int, torch.Tensor] = {}
