@@ -1,4 +1,4 @@
-"""The models under the attention functions that need a GPU, against eager in float32: flex and flash attention.
+"""The models under the attention functions that need a GPU, against eager in float32: Triton, flex, flash attention.
 
 usage: check_attention_functions.py [--device cuda]
 Prints a line a case, the largest difference of hidden states of real tokens; ends with 1 when one is above 0.1 in
@@ -6,6 +6,7 @@ bfloat16 or 1e-3 in float32. Flash attention is left out where the package `flas
 """
 
 import argparse
+import copy
 import importlib.util
 
 import torch
@@ -19,6 +20,8 @@ def main():
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
     cases = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("flex_attention", torch.float32)]
+    if device != "cpu":
+        cases += [("triton", torch.float32), ("triton", torch.bfloat16)]
     if importlib.util.find_spec("flash_attn") is not None:
         cases.append(("flash_attention_2", torch.bfloat16))
     failed = False
@@ -27,11 +30,11 @@ def main():
         input_ids, mask = (tensor.to(device) for tensor in right_padded_batch([19, 8, 1], 19))
         states = {}
         for implementation, dtype in [("eager", torch.float32), *cases]:
-            model.set_attn_implementation(implementation)
+            rounded = copy.deepcopy(model).to(dtype)
+            rounded.set_attn_implementation(implementation)
             with torch.no_grad():
-                output = model.to(dtype)(input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+                output = rounded(input_ids, attention_mask=mask, use_cache=False).last_hidden_state
             states[implementation, dtype] = output[mask == 1].float()
-            model.float()
             difference = (states[implementation, dtype] - states["eager", torch.float32]).abs().max().item()
             passed = difference <= (1e-3 if dtype == torch.float32 else 0.1)
             failed |= not passed
