@@ -321,7 +321,7 @@ def choose_backend(
     dtype: torch.dtype = torch.float32,
     is_compiling: bool = False,
 ) -> BackendChoice:
-    """What `backend="auto"` takes: the exact backend that was measured to be the fastest, and the reason.
+    """What `backend="auto"` takes, an exact backend chosen from measured thresholds, and the reason.
 
     One threshold in length serves all head widths and batch sizes; docs/speed.md says how far from the fastest that was
     (results/benchmark_short.json).

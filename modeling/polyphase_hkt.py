@@ -10,7 +10,8 @@ is a plain sum of tiles over the same `(c, c')`. To upsample a tile is to add it
 serves. The softmax does not ask for the order of keys, so only queries, keys, value and output change their order, once.
 
 Score tiles are made, used and dropped; the backward pass makes them again from the saved log-sum-exp: memory is linear
-in `T`. Exponentials have base 2, several times faster on a CPU than `exp`; the queries carry the factor `log2(e)`.
+in `T`. Exponentials have base 2, which PyTorch computes faster on a CPU (results/cpu_choices.json); the queries carry the
+factor `log2(e)`.
 """
 
 import functools
@@ -21,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 
-# Rows and columns of a score tile at level 0. Measured with two cores: smaller tiles spend their time in calls, larger
-# ones leave the caches.
+# Rows and columns of a score tile at level 0. Smaller tiles spend their time in calls, larger ones leave the caches.
+# Measured with two cores: results/cpu_choices.json.
 TILE = 1024
 
 # The score of a masked key: no real score comes near, and sums of two stay finite in float32.
@@ -109,6 +110,14 @@ class _Layout:
         result = torch.empty(states.shape, dtype=self.dtype, device=states.device)
         return result.copy_(states) if factor == 1.0 else torch.mul(states.to(self.dtype), factor, out=result)
 
+    def inputs(self, queries: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], value: torch.Tensor):
+        """Queries (times `log2(e)`), keys and value in phases."""
+        return (
+            [self.to_phases(query, level, math.log2(math.e)) for level, query in enumerate(queries)],
+            [self.to_phases(key, level) for level, key in enumerate(keys)],
+            self.to_phases(value),
+        )
+
     def from_phases(self, states: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The inverse of `to_phases`, in shape and dtype of `like`."""
         states = states.transpose(1, 2).flatten(1, 2)[:, : like.shape[-2]]
@@ -155,8 +164,8 @@ def _tile(states: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left @ right.mT` of batches of matrices, by the faster library.
 
-    In float32 that is oneDNN: PyTorch's own choice, MKL, does not use the wide registers of every CPU (measured on one
-    with AVX-512 from another maker: half as fast).
+    In float32 that is oneDNN: PyTorch's own choice, MKL, does not use the AVX-512 of every maker's CPUs
+    (results/cpu_choices.json).
     """
     if len(left) == 1 and left.dtype == torch.float32 and left.device.type == "cpu" and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(left[0], right[0], None, "none", [], "")[None]
@@ -179,8 +188,7 @@ def _has_onednn() -> bool:
 def _keep_freed_memory() -> None:
     """Once: free a block of 31 MiB, after which glibc keeps freed blocks of up to that size for the next tile.
 
-    Otherwise every tile is mapped anew, and in a short backward pass half of the time goes into page faults. Other
-    allocators do not mind.
+    Otherwise every tile is mapped anew, at a page fault for each 4 KiB. Other allocators do not mind.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
@@ -233,10 +241,7 @@ def _forward(
     _keep_freed_memory()
     with torch.autocast(value.device.type, enabled=False):
         layout = _Layout(len(queries), value, key_padding_mask, is_causal)
-        factor = math.log2(math.e)
-        query_phases = [layout.to_phases(query, level, factor) for level, query in enumerate(queries)]
-        key_phases = [layout.to_phases(key, level) for level, key in enumerate(keys)]
-        value_phases = layout.to_phases(value)
+        query_phases, key_phases, value_phases = layout.inputs(queries, keys, value)
         output = torch.empty_like(value_phases)
         log_sums = value_phases.new_empty(value_phases.shape[:-1])
         for group in layout.groups:
@@ -313,10 +318,7 @@ def _backward(
     """Gradients of the queries, the keys and the value, in this order."""
     with torch.autocast(value.device.type, enabled=False):
         layout = _Layout(len(queries), value, key_padding_mask, is_causal)
-        factor = math.log2(math.e)
-        query_phases = [layout.to_phases(query, level, factor) for level, query in enumerate(queries)]
-        key_phases = [layout.to_phases(key, level) for level, key in enumerate(keys)]
-        value_phases = layout.to_phases(value)
+        query_phases, key_phases, value_phases = layout.inputs(queries, keys, value)
         gradient_phases = layout.to_phases(gradient)
         # The softmax's own term: sum_j P_ij dP_ij is the product of the output with its gradient.
         means = (layout.to_phases(output) * gradient_phases).sum(dim=-1)

@@ -57,6 +57,9 @@ def profile_training_step(
     Returns:
         `dict`: for each name `seconds` (median of a step), `ratio` to `"flat"`, and `parts`, medians of the seconds of
         each part in profiled steps.
+
+    Raises:
+        NotAvailableError: a model can't be trained at these sizes.
     """
     runs = {name: model_step(name, "train_step", sizes).run for name in names}
     seconds = {name: statistics.median(values) for name, values in take_turns(runs, warm_up, repeats).items()}
@@ -76,7 +79,10 @@ def seconds_of_batches(config, num_batches: int = 50) -> list[float]:
 
     Args:
         config ([`ExperimentConfig`]): the experiment; its `output_dir` is not used.
-        num_batches (`int`): how many.
+        num_batches (`int`): how many, or as many as an epoch has.
+
+    Raises:
+        ValueError, FileNotFoundError: as [`~hkt_hf.training.train`] raises them for the data and the configuration.
     """
     # These need `datasets`, which the rest of the benchmark does without.
     from ..data import load_data
@@ -97,7 +103,6 @@ def seconds_of_batches(config, num_batches: int = 50) -> list[float]:
             processing_class=tokenizer,
             **objective.trainer_arguments(task, tokenizer, config),
         )
-        batches = iter(trainer.get_train_dataloader())
-        return [
-            seconds_of(lambda: next(batches)) for _ in range(min(num_batches, len(trainer.get_train_dataloader())))
-        ]
+        loader = trainer.get_train_dataloader()
+        batches = iter(loader)
+        return [seconds_of(lambda: next(batches)) for _ in range(min(num_batches, len(loader)))]

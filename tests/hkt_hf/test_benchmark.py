@@ -10,6 +10,7 @@ import torch
 from hkt_hf.benchmark import measurement, registry, sweep
 from hkt_hf.benchmark.decoding import cache_bytes, measure_decoding
 from hkt_hf.benchmark.measurement import NotAvailableError, Step, measure, peak_allocation, summary, turn_order
+from hkt_hf.benchmark.profiling import PARTS, REST, part_of, profile_training_step
 from hkt_hf.benchmark.registry import ModelSizes, OperatorSizes, model_step, operator_step
 from hkt_hf.benchmark.report import compare, crossings, groups, markdown, write_report
 from hkt_hf.benchmark.sweep import ModelSweep, OperatorSweep, Protocol, read_result, run_sweep
@@ -657,3 +658,18 @@ def test_cache_bytes_counts_every_tensor():
     for layer in model.layers:
         layer.keys, layer.levels, layer.length = torch.zeros(4), {"a": [torch.zeros(2, dtype=torch.int8)]}, 3
     assert cache_bytes(model) == 2 * (16 + 2)
+
+
+def test_a_training_step_is_taken_apart():
+    sizes = ModelSizes(192, batch_size=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    result = profile_training_step(("flat", "hkt"), sizes, warm_up=0, repeats=1, profiles=1)
+    assert result["flat"]["ratio"] == 1.0
+    for model in result.values():
+        assert set(model["parts"]) == {*PARTS, REST}
+        assert all(seconds > 0 for seconds in model["parts"].values())
+
+
+def test_the_products_inside_attention_are_its_own():
+    assert part_of(["aten::mm", "hkt_hf_modeling_polyphase_hkt::forward"]) == "attention"
+    assert part_of(["aten::mm", "aten::linear"]) == "matrix products outside attention"
+    assert part_of(["aten::add_"]) == REST
