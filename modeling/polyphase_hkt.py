@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 
-# Rows and columns of a score tile at level 0. Smaller tiles spend their time in calls, larger ones leave the caches.
-# Measured with two cores: results/cpu_choices.json.
+# Rows and columns of a score tile at level 0. Smaller tiles spend their time in calls, larger ones gain nothing: measured
+# with two cores, results/cpu_choices.json.
 TILE = 1024
 
 # The score of a masked key: no real score comes near, and sums of two stay finite in float32.
