@@ -105,6 +105,9 @@ def test_the_figures_on_speed_are_the_measured_ones():
         one = entries("benchmark_one_level", **size)["polyphase"]["ratio"]
         three = entries("benchmark_operators", is_causal=False, **size)["polyphase"]["ratio"]
         assert [f"{one:.2f}", f"{three:.2f}", f"{three / one:.2f}"] in rows_of(text, f"{heads}, {length:,}, {width}")
+    choices = json.loads((ROOT / "results" / "cpu_choices.json").read_text(encoding="utf-8"))["rows"]
+    slow = [f"{row['ratios']['without_onednn']:.2f}" for row in choices]
+    assert f"take {slow[0]}, {slow[1]} and {slow[2]} times as long" in " ".join(text.split())
     (names,) = rows_of(text, "T")
     for length in (512, 1024, 2048, 4096, 8192):
         measured = entries("benchmark_models", mode="train_step", batch_size=1, length=length)
