@@ -13,7 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
 from .data import DataConfig
-from .data.images import NUM_PIXELS
 from .modeling import HKTConfig
 from .objectives import OBJECTIVES, MaskedLM, SequenceClassification
 from .presets import check_keys, field_names, packaged_config, parse_yaml, read_yaml
@@ -293,7 +292,7 @@ def _check_tokenizer(tokenizer: TokenizerConfig, data: DataConfig) -> None:
         kinds = [kind for kind in TOKENIZER_KINDS if (kind == "pixels") == pixels]
         raise ValueError(f"`tokenizer.kind` must be one of {kinds} for the task {data.task!r}, got {tokenizer.kind!r}")
     if pixels:
-        longest = NUM_PIXELS
+        longest = data.image_size**2
     elif data.task == "listops" and tokenizer.kind in (None, "listops"):
         longest = data.listops.max_length
     else:

@@ -11,6 +11,7 @@ from .listops import LABEL_NAMES, ListOpsConfig, evaluate, load_listops
 from .text import (
     SINGLE_LABEL,
     SPLITS,
+    check_several_classes,
     check_text_column,
     cut_split,
     encode_labels,
@@ -45,7 +46,7 @@ def load_data(config: DataConfig, cache_dir: str | Path | None = None, need_labe
     in GLUE on the Hub, and isn't used: for SST-2 the validation split of GLUE is then the test split, and validation is
     cut from train, so that no choice is made on the data that are reported.
 
-    CIFAR-10 becomes grey (8-bit luma): a sequence of 1024 pixels, row by row.
+    CIFAR-10 becomes grey (8-bit luma): a sequence of 1024 pixels, row by row, or fewer with `DataConfig.image_size`.
 
     Args:
         config ([`DataConfig`]): which data, and how to split them.
@@ -62,7 +63,7 @@ def load_data(config: DataConfig, cache_dir: str | Path | None = None, need_labe
         ValueError: data that can't be used as they are; the message names split, column, value and row.
     """
     if config.task == "listops":
-        return _load_listops(config, cache_dir)
+        return _load_listops(config, cache_dir, need_labels)
     spec = TASKS[config.task]
     splits, source = _read(config, spec, cache_dir)
     label_column = config.label_column or spec.label_column
@@ -92,8 +93,13 @@ def load_data(config: DataConfig, cache_dir: str | Path | None = None, need_labe
         )
         notes.append(f"validation cut from train ({100 * config.validation_fraction:g}%, seed {config.seed})")
     splits = _sample(splits, config, notes)
+    if need_labels:
+        check_several_classes(splits["train"])
     if spec.tokenizer_kind == "pixels":
-        splits = datasets.DatasetDict({split: images_to_text(dataset, split) for split, dataset in splits.items()})
+        splits = datasets.DatasetDict(
+            {split: images_to_text(dataset, split, config.image_size) for split, dataset in splits.items()}
+        )
+        notes.append(f"{config.image_size} by {config.image_size} pixels")
     return TaskData(
         splits=splits,
         problem_type=labels.problem_type if labels else None,
@@ -103,9 +109,11 @@ def load_data(config: DataConfig, cache_dir: str | Path | None = None, need_labe
     )
 
 
-def _load_listops(config: DataConfig, cache_dir: str | Path | None) -> TaskData:
+def _load_listops(config: DataConfig, cache_dir: str | Path | None, need_labels: bool) -> TaskData:
     notes: list[str] = []
     splits = _sample(load_listops(config.listops, cache_dir), config, notes)
+    if need_labels:
+        check_several_classes(splits["train"])
     lengths = f"{config.listops.min_length} to {config.listops.max_length} tokens"
     source = f"generated, {lengths}, depth at most {config.listops.max_depth}, seed {config.listops.seed}"
     return TaskData(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from .images import CIFAR10_NAMES
+from .images import CIFAR10_NAMES, IMAGE_SIZE, IMAGE_SIZES, is_image_size
 from .listops import ListOpsConfig
 
 
@@ -73,6 +73,8 @@ class DataConfig:
         max_train_samples (`int`, *optional*): train on at most so many examples, chosen at random.
         max_validation_samples (`int`, *optional*): the same for validation.
         max_test_samples (`int`, *optional*): the same for the test.
+        image_size (`int`, *optional*, defaults to 32): height and width of the images of the task `"cifar10"`, a divisor
+            of 32; smaller ones are means over square blocks, so that 16 gives sequences of 256 pixels.
         listops ([`ListOpsConfig`], *optional*): expressions of the task `"listops"`.
 
     Raises:
@@ -93,6 +95,7 @@ class DataConfig:
     max_train_samples: int | None = None
     max_validation_samples: int | None = None
     max_test_samples: int | None = None
+    image_size: int = IMAGE_SIZE
     listops: ListOpsConfig = field(default_factory=ListOpsConfig)
 
     def __post_init__(self):
@@ -117,6 +120,10 @@ class DataConfig:
                         f"`data.{name}`={getattr(self, name)!r} can't be used with the task 'listops', which is "
                         "generated: leave it out, or choose another `data.task`"
                     )
+        if self.image_size != IMAGE_SIZE and self.task != "cifar10":
+            raise ValueError(
+                f"`data.image_size`={self.image_size} is for the task 'cifar10', it can't be used with {self.task!r}"
+            )
         if self.task == "text" and self.path is None and self.train_file is None:
             raise ValueError("the task 'text' needs `data.path` (Hub id, folder or file) or `data.train_file`")
         if self.train_file is not None and self.subset is not None:
@@ -139,6 +146,10 @@ class DataConfig:
                     continue
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
                     raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not is_image_size(self.image_size):
+            raise ValueError(
+                f"`data.image_size` must be one of {IMAGE_SIZES}, the divisors of {IMAGE_SIZE}, got {self.image_size!r}"
+            )
         if not isinstance(self.listops, ListOpsConfig):
             raise ValueError(f"`data.listops` must be a ListOpsConfig, got {type(self.listops).__name__}")
 

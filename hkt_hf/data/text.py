@@ -422,6 +422,22 @@ def with_labels(dataset: datasets.Dataset, column: str, labels: Labels | None, s
     return dataset.add_column("label", values if values.ndim == 1 else values.tolist(), feature=labels.feature)
 
 
+def check_several_classes(train: datasets.Dataset) -> None:
+    """Check that what is left to train on, after cuts and samples, holds more than one class.
+
+    Args:
+        train ([`datasets.Dataset`]): encoded by [`with_labels`]; several labels a row and regression are not checked.
+
+    Raises:
+        ValueError: every row has the same class.
+    """
+    feature = train.features["label"]
+    if isinstance(feature, datasets.ClassLabel) and len(present := train.unique("label")) < 2:
+        raise ValueError(
+            f"train holds a single class, {feature.int2str(present[0])!r}, after cuts and samples ({len(train)} rows)"
+        )
+
+
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,10 @@ def test_bad_overrides(words):
             {"output_dir": "x", "data": {"task": "cifar10"}, "tokenizer": {"max_length": 1024, "add_cls_token": True}},
             "`tokenizer.max_length` must be at least 1025",
         ),
+        (
+            {"output_dir": "x", "data": {"task": "cifar10", "image_size": 16}, "tokenizer": {"max_length": 255}},
+            "`tokenizer.max_length` must be at least 256",
+        ),
         ({"output_dir": "x", "training": {"push_to_hub": True}}, "`training.push_to_hub` can't be set: use"),
         ({"output_dir": "x", "model": {"num_levels": 5}, "tokenizer": {"max_length": 8}}, "num_levels"),
         ({"output_dir": "x", "model": {"max_position_embeddings": 8}}, r"`model.max_position_embeddings` \(8\)"),

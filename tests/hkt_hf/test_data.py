@@ -10,6 +10,7 @@ from PIL import Image
 
 from hkt_hf.data import DataConfig, ListOpsConfig, load_data
 from hkt_hf.data import text as text_module
+from hkt_hf.data.images import images_to_text
 
 
 DATA_DIR = Path(os.environ.get("HKT_DATA_DIR", Path(__file__).resolve().parents[2] / ".." / "shared" / "data"))
@@ -321,11 +322,55 @@ def test_too_few_rows_to_cut(tmp_path):
         ({"task": "imdb", "max_test_samples": 2.5}, "`data.max_test_samples`"),
         ({"task": "imdb", "listops": {"seed": 1}}, "`data.listops`"),
         ({"task": "imdb", "text_column": "a", "label_column": "a"}, "are both 'a'"),
+        ({"task": "imdb", "image_size": 16}, "`data.image_size`=16 is for the task 'cifar10', .* with 'imdb'"),
+        ({"task": "cifar10", "image_size": 15}, r"one of \[1, 2, 4, 8, 16, 32\], the divisors of 32, got 15"),
+        *(({"task": "cifar10", "image_size": size}, "`data.image_size`") for size in (0, -16, 64, 16.0, "16", True)),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**settings)
+
+
+def test_a_single_class_left_to_train_on(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", rows(40))
+    with pytest.raises(ValueError, match=r"train holds a single class, .[01]., after cuts and samples \(1 rows\)"):
+        load(tmp_path, path=file, max_train_samples=1)
+    task = load_data(DataConfig(task="text", path=file, max_train_samples=1), tmp_path / "cache", need_labels=False)
+    assert len(task.splits["train"]) == 1
+    listops = ListOpsConfig(min_length=8, max_length=40, num_train=1, num_validation=5, num_test=5)
+    with pytest.raises(ValueError, match=r"train holds a single class, .* after cuts"):
+        load(tmp_path, task="listops", listops=listops)
+    numbers = write_csv(tmp_path / "a.csv", [{"text": f"t{i}", "label": 0.5} for i in range(30)])
+    assert load(tmp_path, path=numbers, max_train_samples=1).problem_type == "regression"
+
+
+@pytest.mark.parametrize(
+    ("task", "column", "label"),
+    [("imdb", "text", "label"), ("sst2", "sentence", "label"), ("cifar10", "img", "label")],
+)
+def test_wrong_datasets_of_known_tasks(task, column, label, monkeypatch, tmp_path):
+    def examples(num_rows, num_classes=2, **names):
+        inputs = [bytes([i]) * 1024 if task == "cifar10" else f"text {i}" for i in range(num_rows)]
+        return [
+            {names.get("column", column): value, names.get("label", label): i % num_classes}
+            for i, value in enumerate(inputs)
+        ]
+
+    good = examples(20)
+    for split in ("train", "validation", "test"):
+        others = {name: good for name in ("train", "validation", "test") if name != split}
+        for bad, message in (
+            (examples(20, column="body"), f"{split} has no column '{column}'|{split} has no column 'pixels'"),
+            (examples(20, label="class"), f"{split} has no column 'label', but"),
+            ([], f"{split} of .* holds no examples"),
+        ):
+            hub(monkeypatch, {**others, split: bad})
+            with pytest.raises(ValueError, match=message):
+                load(tmp_path, task=task)
+    hub(monkeypatch, {"train": examples(20, num_classes=1), "validation": good, "test": good})
+    with pytest.raises(ValueError, match=r"'label' of train holds a single class, '(neg|negative|airplane)'"):
+        load(tmp_path, task=task)
 
 
 # --- Tasks ---
@@ -416,6 +461,30 @@ def test_images_and_bytes_give_the_same_pixels(tmp_path):
         files[f"{split}_file"] = str(tmp_path / f"{split}.parquet")
         datasets.Dataset.from_dict(columns).to_parquet(files[f"{split}_file"])
     assert texts(load(tmp_path, task="cifar10", **files)) == texts(task)
+
+
+@pytest.mark.parametrize("image_size", [16, 8, 1])
+def test_smaller_images_are_rounded_means(image_size, tmp_path):
+    images = write_images(tmp_path / "images")[30:]
+    task = load(tmp_path, task="cifar10", path=str(tmp_path / "images"), image_size=image_size)
+    luma = np.stack([np.asarray(image.convert("L"), dtype=float) for image in images])
+    block = 32 // image_size
+    means = sum(luma[:, row::block, column::block] for row in range(block) for column in range(block)) / block**2
+    found = np.array([text.split(" ") for text in texts(task)["test"]], dtype=int)
+    assert found.shape == (10, image_size**2)
+    np.testing.assert_array_equal(found, np.floor(means.reshape(10, -1) + 0.5))
+    assert f"{image_size} by {image_size} pixels" in task.description
+    assert list(task.splits["test"]["label"]) == list(range(10))
+
+
+def test_the_size_of_images_to_text(tmp_path):
+    pixels = bytes([254, 255] * 16 + [255, 255] * 16) * 16  # blocks of two by two with the sum 1019: mean 254.75
+    dataset = datasets.Dataset.from_dict({"text": [pixels], "label": [0]})
+    assert images_to_text(dataset, "test", image_size=16)[0] == {"text": " ".join(["255"] * 256), "label": 0}
+    assert images_to_text(dataset, "test")[0]["text"] == " ".join(map(str, pixels))
+    assert images_to_text(dataset.remove_columns("label"), "test", image_size=1)[0] == {"text": "255"}
+    with pytest.raises(ValueError, match=r"`image_size` must be one of .* got 5"):
+        images_to_text(dataset, "test", image_size=5)
 
 
 def test_images_of_another_size(tmp_path):
