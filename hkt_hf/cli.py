@@ -1,4 +1,4 @@
-"""The command `hkt`: train, evaluate, predict, push, benchmark."""
+"""The command `hkt`: train, evaluate, predict, push, benchmark, reproduce."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from huggingface_hub.errors import HfHubHTTPError
 
 from .benchmark.command import add_benchmark_parser, run_benchmark
+from .experiments.command import add_reproduce_parser, run_reproduce
 from .files import write_json
 
 
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="branch to commit to")
 
     add_benchmark_parser(commands)
+    add_reproduce_parser(commands)
     return parser
 
 
@@ -61,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options, rest = build_parser().parse_known_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
-    if rest and options.command not in ("train", "evaluate"):
+    if rest and options.command not in ("train", "evaluate", "reproduce"):
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     # Under `torchrun` or `accelerate launch`: one process speaks, and one does what needs no others.
     is_first = int(os.environ.get("RANK", "0")) == 0
-    if not is_first and options.command in ("predict", "push", "benchmark"):
+    if not is_first and options.command in ("predict", "push", "benchmark", "reproduce"):
         return 0
     logging.basicConfig(
         level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s %(name)s: %(message)s"
@@ -143,7 +145,18 @@ def _benchmark(options: argparse.Namespace, rest: list[str]) -> None:
     run_benchmark(options)
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "push": _push, "benchmark": _benchmark}
+def _reproduce(options: argparse.Namespace, rest: list[str]) -> None:
+    run_reproduce(options, rest)
+
+
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "push": _push,
+    "benchmark": _benchmark,
+    "reproduce": _reproduce,
+}
 
 
 if __name__ == "__main__":

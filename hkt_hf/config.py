@@ -118,7 +118,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         FileNotFoundError: no such file or packaged configuration.
         ValueError: YAML that can't be read, an unknown key (with the nearest valid one), or a bad value.
     """
-    values = _merge(_read_with_bases(path), parse_overrides(overrides))
+    values = merge(read_with_bases(path), parse_overrides(overrides))
     return build_experiment(values)
 
 
@@ -205,7 +205,11 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
     return names
 
 
-def _read_with_bases(path: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_with_bases(path: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Nested values of a YAML file, or the name of a packaged one, over those of its bases.
+
+    Errors are those of [`load_experiment`].
+    """
     file = _find(path)
     if str(file) in seen:
         raise ValueError(f"`base` goes round in circles: {' -> '.join((*seen, str(file)))}")
@@ -218,8 +222,8 @@ def _read_with_bases(path: str | Path, seen: tuple[str, ...] = ()) -> dict[str, 
     for base in bases:
         beside = Path(str(file)).parent / base
         found = next((candidate for candidate in (beside, Path(f"{beside}.yaml")) if candidate.is_file()), base)
-        merged = _merge(merged, _read_with_bases(found, (*seen, str(file))))
-    return _merge(merged, values)
+        merged = merge(merged, read_with_bases(found, (*seen, str(file))))
+    return merge(merged, values)
 
 
 def _find(path: str | Path):
@@ -230,11 +234,12 @@ def _find(path: str | Path):
     return packaged_config(str(path))
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values of `base`, with those of `changes` in their place where there are any."""
     merged = dict(base)
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = _merge(merged[key], value)
+            merged[key] = merge(merged[key], value)
         else:
             merged[key] = value
     return merged

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import SequentialSampler
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -100,6 +108,31 @@ class EpochCallback(TrainerCallback):
             sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
 
 
+class StopwatchCallback(TrainerCallback):
+    """Seconds of training, evaluations included, over all sessions of a run.
+
+    Each evaluation is logged with the seconds up to it; a resumed run finds them in the log of its checkpoint.
+    """
+
+    def __init__(self):
+        self.before = 0.0
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer, once the state of a checkpoint is read."""
+        self.before = max((entry["seconds"] for entry in state.log_history if "seconds" in entry), default=0.0)
+        self.started = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Called by the Trainer when the evaluation is in the log, and before a checkpoint of the step is written."""
+        state.log_history[-1]["seconds"] = round(self.seconds, 1)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far, without the steps that an interruption lost."""
+        return self.before + time.perf_counter() - self.started
+
+
 class ExperimentTrainer(Trainer):
     """The `Trainer`, with a training order that a resumed run repeats and an evaluation in the order of the data.
 
@@ -119,7 +152,15 @@ class ExperimentTrainer(Trainer):
         return SequentialSampler(eval_dataset)
 
 
-def train(config: ExperimentConfig) -> dict:
+def train(
+    config: ExperimentConfig,
+    *,
+    build: Callable[[ExperimentConfig, TaskData], tuple[torch.nn.Module, PreTrainedTokenizerBase]] | None = None,
+    data_collator: Callable[[list[dict]], dict] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    measure: Sequence[str] = ("validation", "test"),
+    save_model: bool = True,
+) -> dict:
     """Train, evaluate and save one experiment; continue it where it was interrupted.
 
     Under `torchrun` or `accelerate launch` every process calls it: each has the whole model and its share of a step's
@@ -130,10 +171,18 @@ def train(config: ExperimentConfig) -> dict:
 
     Args:
         config ([`ExperimentConfig`]): what to do.
+        build (`Callable`, *optional*): makes model and tokenizer of configuration and data, after the seed is set; by
+            default [`build_model_and_tokenizer`]. A model that is no `PreTrainedModel` can't be saved as a checkpoint.
+        data_collator (`Callable`, *optional*): makes a batch of examples, in place of the objective's own.
+        callbacks (sequence of `TrainerCallback`, *optional*): further callbacks; what they add to the log's last entry
+            in `on_evaluate` is in `curves.json`.
+        measure (sequence of `str`, *optional*): the splits to measure when training is over.
+        save_model (`bool`, *optional*, defaults to `True`): with `False` the folder gets neither weights nor card in
+            the end, and the Trainer's checkpoints are removed.
 
     Returns:
-        `dict`: the content of `metrics.json`: metrics of the validation and of the test split, parameters, seconds (of
-        the last session where the run was resumed), versions, machine and commit.
+        `dict`: the content of `metrics.json`: metrics of the measured splits, parameters, seconds of training (over all
+        sessions, evaluations included, without what an interruption lost), versions, machine and commit.
 
     Raises:
         ValueError: bad values in the configuration or in the data, an output folder that holds something else or that
@@ -162,7 +211,7 @@ def train(config: ExperimentConfig) -> dict:
             f"got {arguments.metric_for_best_model!r}"
         )
     set_seed(config.seed)
-    model, tokenizer = build_model_and_tokenizer(config, task)
+    model, tokenizer = (build or build_model_and_tokenizer)(config, task)
     with state.local_main_process_first():
         splits = objective.prepare(task.splits, tokenizer, config)
     if state.is_main_process:
@@ -172,6 +221,9 @@ def train(config: ExperimentConfig) -> dict:
 
     main_metric, *_ = metric_names
     trainer_arguments = objective.trainer_arguments(task, tokenizer, config)
+    if data_collator is not None:
+        trainer_arguments["data_collator"] = data_collator
+    stopwatch = StopwatchCallback()
     try:
         trainer = ExperimentTrainer(
             model=model,
@@ -181,7 +233,8 @@ def train(config: ExperimentConfig) -> dict:
             processing_class=tokenizer,
             **trainer_arguments,
         )
-        trainer.add_callback(EpochCallback())
+        for callback in (EpochCallback(), stopwatch, *callbacks):
+            trainer.add_callback(callback)
         trainer.add_callback(CurvesCallback(output_dir, main_metric))
     except (RuntimeError, ImportError) as error:  # e.g. a tracker in `report_to` that is not installed
         raise ValueError(f"section `training` can't be used here: {error}") from error
@@ -190,17 +243,14 @@ def train(config: ExperimentConfig) -> dict:
         torch.manual_seed(config.seed + state.process_index)
     if checkpoint is not None:
         logger.warning("continuing from %s", checkpoint)
-    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started
-    trainer.remove_callback(CurvesCallback)
+    seconds = stopwatch.seconds
+    for callback in (CurvesCallback, StopwatchCallback, *callbacks):
+        trainer.remove_callback(callback)
     log_history = list(trainer.state.log_history)
 
     # After the callback has gone: the curves are those of training and validation, not of the final measurements.
-    results = {
-        split: _plain_metrics(trainer.evaluate(splits[split], metric_key_prefix="eval"))
-        for split in ("validation", "test")
-    }
+    results = {split: _plain_metrics(trainer.evaluate(splits[split], metric_key_prefix="eval")) for split in measure}
     report = {
         **results,
         "main_metric": main_metric,
@@ -214,19 +264,23 @@ def train(config: ExperimentConfig) -> dict:
     }
     if trainer.is_world_process_zero():
         write_curves(log_history, output_dir, main_metric)
-        card = build_card(
-            trainer.model,
-            objective=objective,
-            name=output_dir.resolve().name,
-            base_model=config.model.get("checkpoint"),
-            data=task.description,
-            task=config.data.task,
-            seed=config.seed,
-            metrics={split: {name: values[name] for name in metric_names} for split, values in results.items()},
-            training=_training_in_words(trainer),
-        )
-        _save_final(trainer.model, tokenizer, str(card), output_dir)
+        if save_model:
+            card = build_card(
+                trainer.model,
+                objective=objective,
+                name=output_dir.resolve().name,
+                base_model=config.model.get("checkpoint"),
+                data=task.description,
+                task=config.data.task,
+                seed=config.seed,
+                metrics={split: {name: values[name] for name in metric_names} for split, values in results.items()},
+                training=_training_in_words(trainer),
+            )
+            _save_final(trainer.model, tokenizer, str(card), output_dir)
         write_json(output_dir / METRICS_FILE, report)
+        if not save_model:
+            for folder in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(folder)
     state.wait_for_everyone()
     return report
 

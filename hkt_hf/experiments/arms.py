@@ -1,0 +1,278 @@
+"""What is compared: HKT, its flat twins and controls, its ablations, and models from outside this package."""
+
+import copy
+import difflib
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..config import ExperimentConfig
+from ..data import TaskData
+from ..modeling import HKTConfig
+from ..modeling.modeling_hkt import HKTAttention, HKTForSequenceClassification
+from ..training import build_model_and_tokenizer
+
+
+CONVOLUTION_KERNEL_SIZE = 4
+ROPE_SUFFIX = "-rope"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of a comparison.
+
+    Args:
+        description (`str`): what it is, for people.
+        fields (mapping, *optional*): fields of [`HKTConfig`] that differ from the protocol's.
+        change (`Callable`, *optional*): changes the model once it is built, before training.
+        as_large_as (`str`, *optional*): `"parameters"` or `"flops"`: the feed-forward layers are widened until the model
+            has as many as the arm `"hkt"` with the same positions.
+        setting_of (`str`, *optional*): the arm whose searched setting it takes; by default it has a search of its own.
+        pretrained (`bool`, *optional*, defaults to `False`): begin with masked-LM pretraining on the task's training
+            inputs.
+        is_peer (`bool`, *optional*, defaults to `False`): a model of another library, by the arm's name.
+    """
+
+    description: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    change: Callable[[nn.Module], None] | None = None
+    as_large_as: str | None = None
+    setting_of: str | None = None
+    pretrained: bool = False
+    is_peer: bool = False
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether a trained model can be saved and loaded by its configuration alone."""
+        return not self.is_peer and self.change is None
+
+
+class ConvolvedLinear(nn.Module):
+    """A projection of features that a short causal depthwise convolution has mixed: `(B, T, d)` to `(B, T, width)`.
+
+    Args:
+        linear (`nn.Linear`): the projection.
+        kernel_size (`int`): taps; position `t` sees `t - kernel_size + 1 .. t`.
+    """
+
+    def __init__(self, linear: nn.Linear, kernel_size: int):
+        super().__init__()
+        self.linear = linear
+        channels = linear.in_features
+        self.convolution = nn.Conv1d(channels, channels, kernel_size, groups=channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Mix and project."""
+        history = self.convolution.kernel_size[0] - 1
+        padded = F.pad(hidden_states.transpose(1, 2), (history, 0))
+        return self.linear(self.convolution(padded).transpose(1, 2))
+
+
+def add_short_convolution(model: nn.Module) -> None:
+    """Put a causal depthwise convolution of kernel 4 before each query and key projection of level 0.
+
+    The control for locality at one resolution, with the initial weights of `nn.Conv1d`. Ours; such a convolution stands
+    before the mixing of many recent models, e.g. in Mamba (arXiv 2312.00752, section 3.4).
+    """
+    for attention in _attentions(model):
+        for projections in (attention.q_proj, attention.k_proj):
+            projections[0] = ConvolvedLinear(projections[0], CONVOLUTION_KERNEL_SIZE)
+
+
+def freeze_uniform_weights(model: nn.Module) -> None:
+    """Keep the level weights where they begin, all equal."""
+    for attention in _attentions(model):
+        attention.level_logits.requires_grad_(False)
+
+
+def freeze_downsampling(model: nn.Module) -> None:
+    """Keep the downsampling as the mean over its taps."""
+    for attention in _attentions(model):
+        attention.downsample.requires_grad_(False)
+
+
+def freeze_single_level(level: int) -> Callable[[nn.Module], None]:
+    """Give one level all the weight, for good."""
+
+    def freeze(model: nn.Module) -> None:
+        for attention in _attentions(model):
+            attention.level_logits.requires_grad_(False)
+            with torch.no_grad():
+                attention.level_logits.fill_(-1e4)
+                attention.level_logits[:, level] = 0.0
+
+    return freeze
+
+
+def _attentions(model: nn.Module) -> list[HKTAttention]:
+    return [module for module in model.modules() if isinstance(module, HKTAttention)]
+
+
+def _ablation(description: str, **arguments) -> Arm:
+    return Arm(f"HKT, {description}", setting_of="hkt", **arguments)
+
+
+ARMS: dict[str, Arm] = {
+    "flat": Arm("one level: plain multi-head attention", {"num_levels": 1}),
+    "hkt": Arm("three levels, as `HKTConfig` has them by default"),
+    "flat-convolution": Arm(
+        "flat, with a causal depthwise convolution (kernel 4) on the inputs of queries and keys",
+        {"num_levels": 1},
+        change=add_short_convolution,
+    ),
+    "hkt-convolution": Arm("HKT with the same convolution on level 0", change=add_short_convolution),
+    "bert": Arm("BERT of transformers, mean pooling: a multi-head model that shares no code with ours", is_peer=True),
+    "flat-wide-parameters": Arm(
+        "flat, with wider feed-forward layers: as many parameters as HKT",
+        {"num_levels": 1},
+        as_large_as="parameters",
+        setting_of="flat",
+    ),
+    "flat-wide-flops": Arm(
+        "flat, with wider feed-forward layers: as many FLOPs forward as HKT at the longest length",
+        {"num_levels": 1},
+        as_large_as="flops",
+        setting_of="flat",
+    ),
+    "hkt-levels-2": _ablation("two levels", fields={"num_levels": 2}),
+    "hkt-levels-4": _ablation("four levels", fields={"num_levels": 4}),
+    "hkt-uniform-weights": _ablation("level weights fixed, all equal", change=freeze_uniform_weights),
+    "hkt-only-level-0": _ablation("all weight on level 0, fixed", change=freeze_single_level(0)),
+    "hkt-only-level-1": _ablation("all weight on level 1, fixed", change=freeze_single_level(1)),
+    "hkt-only-level-2": _ablation("all weight on level 2, fixed", change=freeze_single_level(2)),
+    "hkt-shared-projections": _ablation(
+        "one query and key projection for all levels", fields={"share_level_projections": True}
+    ),
+    "hkt-kernel-3": _ablation("downsampling with 3 taps", fields={"downsample_kernel_size": 3}),
+    "hkt-kernel-4": _ablation("downsampling with 4 taps", fields={"downsample_kernel_size": 4}),
+    "hkt-dense": _ablation("dense downsampling", fields={"downsample_type": "dense"}),
+    "hkt-untrained-mean": _ablation("downsampling by the mean, not trained", change=freeze_downsampling),
+    "hkt-pool-cls": _ablation("pooling: the first token", fields={"pooling": "cls"}),
+    "hkt-pool-last": _ablation("pooling: the last token", fields={"pooling": "last"}),
+    "flat-pretrained": Arm("flat, after masked-LM pretraining on the task", {"num_levels": 1}, pretrained=True),
+    "hkt-pretrained": Arm("HKT, after masked-LM pretraining on the task", pretrained=True),
+}
+"""Arms by name. With the suffix `-rope` an arm of ours has rotary positions, without it learned absolute ones."""
+
+PEERS = ("modernbert", "longformer", "big_bird", "nystromformer", "fnet", "mamba", "h-transformer-1d")
+
+
+def parse_arm(name: str) -> tuple[Arm, str | None]:
+    """Arm and `position_embedding_type` (`None` for a peer) of a name such as `"hkt-rope"`.
+
+    Raises:
+        ValueError: an unknown arm; the message names the nearest one.
+    """
+    check_arm(name)
+    if name in PEERS:
+        return Arm(f"{name}, another architecture", is_peer=True), None
+    if name in ARMS:
+        return ARMS[name], None if ARMS[name].is_peer else "absolute"
+    return ARMS[name.removesuffix(ROPE_SUFFIX)], "rope"
+
+
+def check_arm(name: str) -> None:
+    """ValueError for a name that [`parse_arm`] does not know."""
+    with_rope = [f"{arm}{ROPE_SUFFIX}" for arm in ARMS if not ARMS[arm].is_peer]
+    known = [*ARMS, *with_rope, *PEERS]
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"`arms` must be among {known}, got {name!r}; the nearest one is {nearest!r}")
+
+
+def setting_source(name: str) -> str:
+    """The arm whose search gives an arm its setting, with the same positions."""
+    arm, position = parse_arm(name)
+    if arm.setting_of is None:
+        return name
+    return arm.setting_of + (ROPE_SUFFIX if position == "rope" else "")
+
+
+def model_fields(name: str, base: Mapping[str, Any], *, vocab_size: int, length: int, num_labels: int) -> dict:
+    """Fields of [`HKTConfig`] of an arm of ours.
+
+    Args:
+        name (`str`): the arm.
+        base (mapping): fields that all arms share.
+        vocab_size (`int`): of the task.
+        length (`int`): longest sequence, which FLOPs are counted at.
+        num_labels (`int`): of the task.
+    """
+    arm, position = parse_arm(name)
+    fields = {**base, **arm.fields, "position_embedding_type": position}
+    if arm.as_large_as is not None:
+        sizes = {"vocab_size": vocab_size, "max_position_embeddings": length, "num_labels": num_labels}
+        target = _costs({**base, "position_embedding_type": position, **sizes}, arm, length)
+        fields["intermediate_size"] = _width_for(target, {**fields, **sizes}, arm, length)
+    return fields
+
+
+def _costs(fields: Mapping[str, Any], arm: Arm, length: int) -> int:
+    model = HKTForSequenceClassification(HKTConfig(**fields))
+    if arm.as_large_as == "flops":
+        return count_flops(model, length)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _width_for(target: int, fields: Mapping[str, Any], arm: Arm, length: int) -> int:
+    """The feed-forward width whose cost is nearest to the target; the cost is linear in it."""
+    width = fields.get("intermediate_size", HKTConfig.intermediate_size)
+    cost, twice = (_costs({**fields, "intermediate_size": factor * width}, arm, length) for factor in (1, 2))
+    return width + round((target - cost) * width / (twice - cost))
+
+
+def count_flops(model: nn.Module, length: int) -> int:
+    """FLOPs (two a multiply-add) of the matrix products and convolutions of one sequence of `length` tokens, forward.
+
+    Counted by PyTorch's `FlopCounterMode` on the `eager` attention, where the model has one; element-wise work, and for
+    Mamba the scan, is not counted.
+    """
+    model = copy.deepcopy(model).eval()
+    if isinstance(model, PreTrainedModel):
+        model.set_attn_implementation("eager")
+    else:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.set_attn_implementation("eager")
+    input_ids = torch.ones(1, length, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    return counter.get_total_flops()
+
+
+def initialize_by_name(model: PreTrainedModel, seed: int) -> None:
+    """Draw the initial weights of every module from a generator of its own, seeded by `seed` and the module's name.
+
+    Models of different architectures then begin with the same weights wherever name and shape agree. The global
+    generator is left as it was.
+    """
+    for name, module in model.named_modules():
+        with torch.random.fork_rng():
+            torch.manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+            model._init_weights(module)
+
+
+def build_arm(name: str, config: ExperimentConfig, task: TaskData) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model and tokenizer of an arm, ready to be trained; dropout draws the same masks in every arm of ours.
+
+    Args:
+        name (`str`): the arm.
+        config ([`~hkt_hf.config.ExperimentConfig`]): of the run; its `model` holds the fields of [`model_fields`], or a
+            `checkpoint` that was pretrained.
+        task ([`~hkt_hf.data.TaskData`]): the data.
+    """
+    arm, _ = parse_arm(name)
+    model, tokenizer = build_model_and_tokenizer(config, task)
+    if "checkpoint" not in config.model:
+        initialize_by_name(model, config.seed)
+    if arm.change is not None:
+        arm.change(model)
+    set_seed(config.seed)
+    return model, tokenizer

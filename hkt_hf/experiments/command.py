@@ -1,0 +1,52 @@
+"""The command `hkt reproduce`."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def add_reproduce_parser(commands) -> None:
+    """Add `reproduce` to the subcommands of `hkt`."""
+    parser = commands.add_parser(
+        "reproduce",
+        help="train HKT, its flat twins and other models on a task of the paper, over several seeds",
+        description="Runs configs/reproduce/TASK-PROTOCOL.yaml: each arm is searched over the same grid on the "
+        "validation split and trained with each seed; the test split is read by the final runs alone. Every run writes "
+        "a JSON record; finished runs are kept, interrupted ones go on. Options --section.key VALUE change the file, "
+        "e.g. --data.path data/imdb. `hkt report` makes tables and plots of the records.",
+    )
+    parser.add_argument("task", choices=("listops", "cifar10", "imdb"))
+    parser.add_argument("--protocol", choices=("cpu", "paper"), required=True, help="cut down for a CPU, or in full")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="flat, hkt-rope, ...; default: all of the protocol")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: those of the protocol")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; default: 1")
+    parser.add_argument("--threads", type=int, help="threads of each run; default: the cores shared out")
+    parser.add_argument("--results", type=Path, default=Path("results/reproduce"), help="default: results/reproduce")
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="default: runs/reproduce")
+
+
+def run_reproduce(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Do what the options of `hkt reproduce` say.
+
+    Raises:
+        ValueError: a bad option, data that can't be used, records of other settings, or runs that failed.
+        FileNotFoundError: data that is not there.
+    """
+    from .protocol import load_protocol
+    from .reproduce import Sweep, reproduce
+
+    for name in ("jobs", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    protocol = load_protocol(options.task, options.protocol, overrides, arms=options.arms, seeds=options.seeds)
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
+    command = shlex.join(["hkt", *options.words])
+    sweep = Sweep(protocol, options.results, options.runs, threads=threads, command=command)
+    outcome = reproduce(sweep, options.jobs)
+    lost = [f"{run.arm} {run.name}" for run in [*outcome["failed"], *outcome["left_out"]]]
+    print(f"{len(outcome['finished'])} runs finished; records: {sweep.results}")
+    if lost:
+        raise ValueError(f"{len(lost)} runs failed or need one that did: {', '.join(lost)}; logs: {sweep.folders}")

@@ -1,0 +1,174 @@
+"""What `hkt reproduce` runs for a task: its data, model and training, and how settings are searched. Read from YAML."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+
+from ..config import ExperimentConfig, build_experiment, merge, parse_overrides, read_with_bases
+from ..presets import check_keys
+from .arms import check_arm
+
+
+TASKS = ("listops", "cifar10", "imdb")
+PROTOCOLS = ("cpu", "paper")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid.
+
+    Args:
+        learning_rate (`float`): peak of the schedule, above 0.
+        hidden_dropout (`float`): of embeddings, attention output, feed-forward output and classifier, in [0, 1).
+        weight_decay (`float`): of AdamW, at least 0.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    learning_rate: float
+    hidden_dropout: float
+    weight_decay: float
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("learning_rate", 0, 1),
+            ("hidden_dropout", -1e-9, 1),
+            ("weight_decay", -1e-9, 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+                raise ValueError(f"`{name}` must be a number in [0, 1), and a learning rate not 0, got {value!r}")
+
+    def __str__(self):
+        return f"lr{self.learning_rate:g}-dropout{self.hidden_dropout:g}-decay{self.weight_decay:g}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """The grid, which every arm that is searched goes through whole.
+
+    Args:
+        learning_rate (sequence of `float`): values to try.
+        hidden_dropout (sequence of `float`): values to try.
+        weight_decay (sequence of `float`): values to try.
+        seed (`int`): seed of these runs; not one of the final runs.
+        training (mapping): fields of `TrainingArguments` that differ from the final runs, e.g. fewer steps.
+    """
+
+    learning_rate: Sequence[float]
+    hidden_dropout: Sequence[float]
+    weight_decay: Sequence[float]
+    seed: int
+    training: Mapping[str, Any]
+
+    def settings(self) -> list[Setting]:
+        """All points of the grid, the last field changing fastest."""
+        return [Setting(*point) for point in product(self.learning_rate, self.hidden_dropout, self.weight_decay)]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Masked-LM pretraining on the training inputs of the task.
+
+    Args:
+        mlm_probability (`float`): share of tokens to mask.
+        hidden_dropout (`float`): dropout while pretraining.
+        training (mapping): fields of `TrainingArguments` that differ from the final runs.
+    """
+
+    mlm_probability: float
+    hidden_dropout: float
+    training: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How one task is reproduced.
+
+    Args:
+        task (`str`): one of `TASKS`.
+        name (`str`): one of `PROTOCOLS`.
+        arms (sequence of `str`): names as in [`~hkt_hf.experiments.arms.parse_arm`], in the order to run them.
+        seeds (sequence of `int`): of the final runs.
+        search ([`Search`]): the grid.
+        pretraining ([`Pretraining`]): for the arms that are pretrained.
+        experiment (mapping): nested values of an [`~hkt_hf.config.ExperimentConfig`] that all runs share.
+        arm_seeds (mapping, *optional*): seeds of single arms, where they differ.
+    """
+
+    task: str
+    name: str
+    arms: Sequence[str]
+    seeds: Sequence[int]
+    search: Search
+    pretraining: Pretraining
+    experiment: Mapping[str, Any]
+    arm_seeds: Mapping[str, Sequence[int]]
+
+    def __post_init__(self):
+        for arm in [*self.arms, *self.arm_seeds]:
+            check_arm(arm)
+        for seeds in (self.seeds, *self.arm_seeds.values()):
+            if not seeds or len(set(seeds)) < len(seeds):
+                raise ValueError(f"`seeds` must be different ones, at least one, got {list(seeds)}")
+            if self.search.seed in seeds:
+                raise ValueError(f"`search.seed` ({self.search.seed}) must not be one of `seeds` {list(seeds)}")
+        if not self.search.settings():
+            raise ValueError("`search` must name at least one value for each of its fields")
+
+    def seeds_of(self, arm: str) -> Sequence[int]:
+        """Seeds of an arm's final runs."""
+        return self.arm_seeds.get(arm, self.seeds)
+
+    def base_config(self) -> ExperimentConfig:
+        """The experiment that all runs share, checked."""
+        return build_experiment({"output_dir": f"runs/reproduce/{self.task}/{self.name}", **self.experiment})
+
+
+def load_protocol(
+    task: str,
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Protocol:
+    """Read the packaged protocol `configs/reproduce/{task}-{name}.yaml`.
+
+    Args:
+        task (`str`): `"listops"`, `"cifar10"` or `"imdb"`.
+        name (`str`): `"cpu"` or `"paper"`.
+        overrides (sequence of `str`): command-line words such as `["--data.path", "data/imdb"]`, for any value of the
+            file: `--search.learning_rate "[1e-3]"`.
+        arms (sequence of `str`, *optional*): instead of those of the file.
+        seeds (sequence of `int`, *optional*): instead of those of the file, for all arms.
+
+    Raises:
+        ValueError: an unknown task, protocol, arm or key (with the nearest one), or a bad value.
+    """
+    if task not in TASKS:
+        raise ValueError(f"`task` must be one of {list(TASKS)}, got {task!r}")
+    if name not in PROTOCOLS:
+        raise ValueError(f"`protocol` must be one of {list(PROTOCOLS)}, got {name!r}")
+    values = merge(read_with_bases(f"reproduce/{task}-{name}"), parse_overrides(overrides))
+    own = ("arms", "seeds", "arm_seeds", "search", "pretraining")
+    check_keys(values, [*own, *(f.name for f in fields(ExperimentConfig) if f.name not in ("seed", "output_dir"))])
+    protocol = Protocol(
+        task=task,
+        name=name,
+        arms=values["arms"] if arms is None else arms,
+        seeds=values["seeds"] if seeds is None else seeds,
+        search=_build(Search, values["search"], "search."),
+        pretraining=_build(Pretraining, values["pretraining"], "pretraining."),
+        experiment={key: value for key, value in values.items() if key not in own},
+        arm_seeds=values.get("arm_seeds", {}) if seeds is None else {},
+    )
+    protocol.base_config()
+    return protocol
+
+
+def _build(cls, values: Mapping[str, Any], prefix: str):
+    check_keys(values, [f.name for f in fields(cls)], prefix=prefix)
+    return cls(**values)

@@ -1,0 +1,315 @@
+"""`hkt reproduce`: all runs of a protocol, several side by side; what is finished is kept, what was broken off goes on."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..config import build_experiment, differences, merge
+from ..data import TaskData, load_data
+from ..objectives import MaskedLM
+from ..tokenization import build_tokenizer
+from .arms import model_fields, parse_arm, setting_source
+from .protocol import Protocol, Setting
+from .run import FAILED, FINISHED, RunSpecification, write_specification
+
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a protocol. Its record is `RESULTS/task/protocol/arm/NAME.json`.
+
+    Args:
+        arm (`str`): as in [`~hkt_hf.experiments.arms.parse_arm`]; of pretraining, the arm that begins from it.
+        stage (`str`): `"pretraining"`, `"search"` or `"final"`.
+        seed (`int`): of the run.
+        setting ([`~hkt_hf.experiments.protocol.Setting`], *optional*): of a search run; a final run has the one that the
+            search chose.
+    """
+
+    arm: str
+    stage: str
+    seed: int
+    setting: Setting | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the record's file, without its ending."""
+        return f"search-{self.setting}" if self.stage == "search" else f"{self.stage}-seed{self.seed}"
+
+
+class Sweep:
+    """The runs of a protocol and their records.
+
+    Args:
+        protocol ([`~hkt_hf.experiments.protocol.Protocol`]): what to run.
+        results (`str` or `Path`): folder of the records, one JSON a run; may hold those of other protocols.
+        runs (`str` or `Path`): folder of the checkpoints and logs.
+        threads (`int`): threads of a run.
+        command (`str`): goes into the records.
+
+    Raises:
+        ValueError: data that can't be used, or a record of the same run with other settings.
+    """
+
+    def __init__(self, protocol: Protocol, results: str | Path, runs: str | Path, *, threads: int, command: str = ""):
+        self.protocol = protocol
+        self.results = Path(results) / protocol.task / protocol.name
+        self.folders = Path(runs) / protocol.task / protocol.name
+        self.threads = threads
+        self.command = command
+        # Before anything is run: data that can't be used end it here, and later processes find them prepared.
+        self.task: TaskData = load_data(protocol.base_config().data)
+        self._check_records()
+
+    def runs(self) -> list[Run]:
+        """All runs, in the order of the protocol's arms."""
+        runs: list[Run] = []
+        for arm in self.protocol.arms:
+            for needed in (setting_source(arm), arm):
+                for run in [*self._search(needed), *(self._final(needed) if needed == arm else [])]:
+                    for each in [*self._pretraining(run), run]:
+                        if each not in runs:
+                            runs.append(each)
+        return runs
+
+    def _search(self, arm: str) -> list[Run]:
+        if setting_source(arm) != arm:
+            return []
+        return [Run(arm, "search", self.protocol.search.seed, each) for each in self.protocol.search.settings()]
+
+    def _final(self, arm: str) -> list[Run]:
+        return [Run(arm, "final", seed) for seed in self.protocol.seeds_of(arm)]
+
+    def _pretraining(self, run: Run) -> list[Run]:
+        if run.stage == "pretraining" or not parse_arm(run.arm)[0].pretrained:
+            return []
+        return [Run(run.arm, "pretraining", run.seed)]
+
+    def needs(self, run: Run) -> list[Run]:
+        """The runs that must be finished before this one."""
+        if run.stage == "search":
+            return self._pretraining(run)
+        if run.stage == "final":
+            return [*self._pretraining(run), *self._search(setting_source(run.arm))]
+        return []
+
+    def record_path(self, run: Run) -> Path:
+        """File of a run's record."""
+        return self.results / run.arm / f"{run.name}.json"
+
+    def folder(self, run: Run) -> Path:
+        """Folder of a run's checkpoints."""
+        return self.folders / run.arm / run.name
+
+    def record(self, run: Run) -> dict[str, Any] | None:
+        """A run's record, or `None` where there is none yet."""
+        path = self.record_path(run)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def is_finished(self, run: Run) -> bool:
+        """Whether a run need not be done (again); one that failed is."""
+        record = self.record(run)
+        if record is None or record["status"] == FAILED:
+            return False
+        if run.stage == "pretraining" and not (self.folder(run) / "config.json").is_file():
+            # Its weights are gone: it is needed only where a run that begins from them is still to come.
+            return all(self.is_finished(other) for other in self.runs() if run in self.needs(other))
+        return True
+
+    def chosen_setting(self, arm: str) -> Setting:
+        """The setting with the best validation accuracy; of equal ones that of the smaller validation loss.
+
+        Raises:
+            ValueError: no search run of the arm is finished.
+        """
+        records = [(run, self.record(run)) for run in self._search(setting_source(arm))]
+        finished = [(run, record) for run, record in records if record is not None and record["status"] == FINISHED]
+        if not finished:
+            raise ValueError(f"the search of the arm {setting_source(arm)!r} has no finished run")
+        best, _ = max(finished, key=lambda pair: (pair[1]["validation_accuracy"], -pair[1]["validation_loss"]))
+        return best.setting
+
+    def specification(self, run: Run) -> RunSpecification:
+        """What the process of a run is told; its search must be finished."""
+        setting = self.chosen_setting(run.arm) if run.stage == "final" else run.setting
+        pretraining = self._pretraining(run)
+        return RunSpecification(
+            task=self.protocol.task,
+            protocol=self.protocol.name,
+            arm=run.arm,
+            stage=run.stage,
+            seed=run.seed,
+            setting=None if setting is None else vars(setting),
+            config=self._config(run, setting),
+            record=str(self.record_path(run)),
+            pretraining=str(self.record_path(pretraining[0])) if pretraining else None,
+            threads=self.threads,
+            command=self.command,
+        )
+
+    def _config(self, run: Run, setting: Setting | None) -> dict[str, Any]:
+        protocol = self.protocol
+        config = protocol.base_config()
+        changes: dict[str, Any] = {"output_dir": str(self.folder(run)), "seed": run.seed}
+        if run.stage == "pretraining":
+            dropout = protocol.pretraining.hidden_dropout
+            changes |= {"objective": MaskedLM.name, "mlm_probability": protocol.pretraining.mlm_probability}
+            changes["training"] = dict(protocol.pretraining.training)
+        else:
+            dropout = setting.hidden_dropout
+            changes["training"] = {"learning_rate": setting.learning_rate, "weight_decay": setting.weight_decay}
+            if run.stage == "search":
+                changes["training"] |= protocol.search.training
+        values = merge(config.to_dict(), changes)
+        pretraining = self._pretraining(run)
+        if pretraining:
+            values["model"] = {"checkpoint": str(self.folder(pretraining[0])), "hidden_dropout": dropout}
+        elif parse_arm(run.arm)[0].is_peer:
+            values["model"] = {**config.model, "hidden_dropout": dropout}
+        else:
+            length = config.tokenizer.max_length
+            tokenizer = build_tokenizer(config.tokenizer.kind or self.task.tokenizer_kind, model_max_length=length)
+            values["model"] = model_fields(
+                run.arm,
+                {**config.model, "hidden_dropout": dropout},
+                vocab_size=len(tokenizer),
+                length=length,
+                num_labels=len(self.task.label_names),
+            )
+        return build_experiment(values).to_dict()
+
+    def _check_records(self) -> None:
+        """Refuse to go on where records were made with other data, models or training."""
+        for run in self.runs():
+            record = self.record(run)
+            if record is None or not all(self.record(needed) for needed in self.needs(run)):
+                continue
+            now = self.specification(run)
+            found = build_experiment(record["config"]).to_dict()
+            other = [
+                name
+                for name in differences(found, dict(now.config))
+                if name not in ("output_dir", "model.checkpoint", "data.path")
+            ]
+            if other:
+                raise ValueError(
+                    f"{self.record_path(run)} is of a run with other settings ({', '.join(other)}): choose another "
+                    "`results` folder, or remove it"
+                )
+
+
+def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
+    """Do all runs that are not finished.
+
+    A run is a process; its output goes to `RUNS/.../NAME.log`. A run that fails is recorded so, and those that need it
+    are left out; all others are done.
+
+    Args:
+        sweep ([`Sweep`]): the runs.
+        jobs (`int`, *optional*, defaults to 1): runs side by side, at least 1.
+
+    Returns:
+        `dict[str, list[Run]]`: runs by `"finished"`, `"failed"` and `"left_out"`.
+
+    Raises:
+        ValueError: `jobs` below 1.
+    """
+    if jobs < 1:
+        raise ValueError(f"`jobs` must be at least 1, got {jobs}")
+    waiting = [run for run in sweep.runs() if not sweep.is_finished(run)]
+    outcome: dict[str, list[Run]] = {FINISHED: [], FAILED: [], "left_out": []}
+    outcome[FINISHED] = [run for run in sweep.runs() if run not in waiting]
+    processes: dict[Run, subprocess.Popen] = {}
+    total = len(waiting) + len(outcome[FINISHED])
+    with (
+        tqdm(total=total, initial=total - len(waiting), desc=sweep.protocol.task, unit="run") as progress,
+        logging_redirect_tqdm(),
+    ):
+        try:
+            while waiting or processes:
+                for run in _ready(waiting, outcome, sweep):
+                    if len(processes) < jobs:
+                        waiting.remove(run)
+                        processes[run] = _start(sweep, run)
+                for run in [run for run in waiting if _is_hopeless(run, outcome, sweep)]:
+                    waiting.remove(run)
+                    outcome["left_out"].append(run)
+                    logger.error("%s %s is left out: a run that it needs failed", run.arm, run.name)
+                for run in _wait(processes):
+                    status = _finish(sweep, run, processes.pop(run).returncode)
+                    outcome[FAILED if status == FAILED else FINISHED].append(run)
+                    progress.update()
+        except BaseException:
+            for process in processes.values():
+                process.terminate()
+            for process in processes.values():
+                process.wait()
+            raise
+    return outcome
+
+
+def _ready(waiting: Iterable[Run], outcome: dict[str, list[Run]], sweep: Sweep) -> list[Run]:
+    return [run for run in waiting if all(needed in outcome[FINISHED] for needed in sweep.needs(run))]
+
+
+def _is_hopeless(run: Run, outcome: dict[str, list[Run]], sweep: Sweep) -> bool:
+    return any(needed in outcome[FAILED] + outcome["left_out"] for needed in sweep.needs(run))
+
+
+def _start(sweep: Sweep, run: Run) -> subprocess.Popen:
+    folder = sweep.folder(run)
+    specification = folder.with_name(f"{run.name}.json")
+    write_specification(sweep.specification(run), specification)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(sweep.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with open(folder.with_name(f"{run.name}.log"), "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "hkt_hf.experiments.run", str(specification)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+def _wait(processes: dict[Run, subprocess.Popen]) -> list[Run]:
+    """The processes that have ended, at least one if there is any."""
+    while processes:
+        ended = [run for run, process in processes.items() if process.poll() is not None]
+        if ended:
+            return ended
+        next(iter(processes.values())).poll()
+        try:
+            next(iter(processes.values())).wait(POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+    return []
+
+
+def _finish(sweep: Sweep, run: Run, returncode: int) -> str:
+    log = sweep.folder(run).with_name(f"{run.name}.log")
+    record = sweep.record(run)
+    if returncode or record is None:
+        logger.error("%s %s ended with exit status %d: see %s", run.arm, run.name, returncode, log)
+        return FAILED
+    if record["status"] != FINISHED:
+        logger.error("%s %s: %s (%s)", run.arm, run.name, record["reason"], log)
+    else:
+        accuracy = record["test_accuracy"] or record["validation_accuracy"] or record["masked_accuracy"]
+        logger.info("%s %s: %.2f%% in %.0f s", run.arm, run.name, 100 * accuracy, record["seconds"])
+    return record["status"]

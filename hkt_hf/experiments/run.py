@@ -1,0 +1,198 @@
+"""One run of `hkt reproduce`, in a process of its own: `python -m hkt_hf.experiments.run SPECIFICATION.json`."""
+
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..config import build_experiment
+from ..files import write_json
+from ..training import METRICS_FILE, build_model_and_tokenizer, train
+from .arms import build_arm, count_flops, parse_arm
+
+
+CURVE_KEYS = ("step", "loss", "accuracy", "masked_accuracy", "seconds", "level_weights")
+STAGES = ("pretraining", "search", "final")
+FINISHED, FAILED, NOT_AVAILABLE = "finished", "failed", "not_available"
+
+
+@dataclass(frozen=True)
+class RunSpecification:
+    """What one run is to do.
+
+    Args:
+        task (`str`): `"listops"`, `"cifar10"` or `"imdb"`.
+        protocol (`str`): `"cpu"` or `"paper"`.
+        arm (`str`): as in [`~hkt_hf.experiments.arms.parse_arm`].
+        stage (`str`): `"pretraining"`, `"search"` (the test split is not read) or `"final"`.
+        seed (`int`): of the run.
+        setting (mapping, *optional*): point of the grid; `None` for pretraining.
+        config (mapping): nested values of the [`~hkt_hf.config.ExperimentConfig`]; its `output_dir` is the run's folder.
+        record (`str`): the JSON file to write.
+        pretraining (`str`, *optional*): record of the pretraining that the run begins from.
+        threads (`int`): threads of PyTorch.
+        command (`str`): the command that asked for it.
+    """
+
+    task: str
+    protocol: str
+    arm: str
+    stage: str
+    seed: int
+    setting: Mapping[str, float] | None
+    config: Mapping[str, Any]
+    record: str
+    pretraining: str | None
+    threads: int
+    command: str
+
+
+class RecordCallback(TrainerCallback):
+    """Adds to each logged evaluation the level weights of an HKT model, and the seconds spent in training steps."""
+
+    def __init__(self):
+        self.step_seconds = 0.0
+        self.started = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer; a resumed run goes on with the seconds in its log."""
+        self.step_seconds = max((entry.get("step_seconds", 0.0) for entry in state.log_history), default=0.0)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer before each step."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called by the Trainer after each step."""
+        self.step_seconds += time.perf_counter() - self.started
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        """Called by the Trainer when the evaluation is in the log."""
+        state.log_history[-1]["step_seconds"] = round(self.step_seconds, 2)
+        weights = level_weights(model)
+        if weights:
+            state.log_history[-1]["level_weights"] = weights
+
+
+def level_weights(model: nn.Module) -> list[list[list[float]]]:
+    """Convex level weights by layer, head and level, rounded to 4 digits; empty for a model of one level, or without."""
+    modules = [module for module in model.modules() if hasattr(module, "level_weights") and module.num_levels > 1]
+    return [[[round(weight, 4) for weight in head] for head in module.level_weights().tolist()] for module in modules]
+
+
+def execute(specification: RunSpecification) -> dict[str, Any]:
+    """Do a run, or go on with it where it was interrupted, and write its record.
+
+    An error of the run is recorded (`status` `"failed"`, with the `reason`), and so is an arm that can't be built here
+    (`"not_available"`). An interruption writes nothing.
+
+    Returns:
+        `dict`: the record.
+    """
+    arm, position = parse_arm(specification.arm)
+    record: dict[str, Any] = {
+        "task": specification.task,
+        "protocol": specification.protocol,
+        "arm": specification.arm.removesuffix("-rope"),
+        "num_levels": None if arm.is_peer else {**specification.config["model"], **arm.fields}.get("num_levels", 3),
+        "position_embedding_type": position,
+        "stage": specification.stage,
+        "seed": specification.seed,
+        "setting": specification.setting,
+    }
+    try:
+        record |= {"status": FINISHED, "reason": None, **_measure(specification)}
+    except (ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+        logging.getLogger(__name__).exception("%s failed", specification.record)
+        kind = NOT_AVAILABLE if type(error).__name__ == "NotAvailableError" else FAILED
+        record |= {"status": kind, "reason": f"{type(error).__name__}: {error}"}
+    record["pretraining"] = None
+    if specification.pretraining is not None:
+        pretraining = json.loads(Path(specification.pretraining).read_text(encoding="utf-8"))
+        record["pretraining"] = {key: pretraining.get(key) for key in ("steps", "seconds", "masked_accuracy")}
+    record |= {"config": specification.config, "threads": specification.threads, "command": specification.command}
+    path = Path(specification.record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    return record
+
+
+def _measure(specification: RunSpecification) -> dict[str, Any]:
+    config = build_experiment(specification.config)
+    folder = Path(config.output_dir)
+    (folder / METRICS_FILE).unlink(missing_ok=True)  # of a run that was interrupted before its record was written
+    pretrains, is_final = specification.stage == "pretraining", specification.stage == "final"
+    sizes: dict[str, int] = {}
+
+    def build(config, task):
+        if pretrains:
+            return build_model_and_tokenizer(config, task)
+        model, tokenizer = build_arm(specification.arm, config, task)
+        sizes["flops"] = count_flops(model, config.tokenizer.max_length)
+        sizes["num_test"] = len(task.splits["test"])
+        return model, tokenizer
+
+    report = train(
+        config,
+        build=build,
+        callbacks=[RecordCallback()],
+        measure=("validation", "test") if is_final else ("validation",),
+        save_model=pretrains or (is_final and parse_arm(specification.arm)[0].is_checkpoint),
+    )
+    curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
+    if specification.stage == "search":
+        shutil.rmtree(folder)
+    return {
+        "validation_accuracy": report["validation"].get("accuracy"),
+        "validation_loss": report["validation"]["loss"],
+        "masked_accuracy": report["validation"].get("masked_accuracy"),
+        "test_accuracy": report["test"]["accuracy"] if is_final else None,
+        "test_loss": report["test"]["loss"] if is_final else None,
+        "curve": {
+            split: [{key: entry[key] for key in CURVE_KEYS if key in entry} for entry in entries]
+            for split, entries in curves.items()
+        },
+        "steps": report["steps"],
+        "tokens": curves["train"][-1]["num_input_tokens_seen"],
+        "seconds": report["seconds"],
+        "step_seconds": curves["validation"][-1]["step_seconds"],
+        "memory": peak_memory(),
+        "parameters": report["parameters"],
+        **sizes,
+        **{key: report[key] for key in ("versions", "machine", "commit")},
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: the most that PyTorch held on the GPU, or without one the largest resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    """Execute the specification in the file that the command line names."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    specification = RunSpecification(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    torch.set_num_threads(specification.threads)
+    execute(specification)
+
+
+def write_specification(specification: RunSpecification, path: Path) -> None:
+    """Write what [`main`] reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(specification))
+
+
+if __name__ == "__main__":
+    main()
