@@ -109,6 +109,8 @@ def execute(specification: RunSpecification) -> dict[str, Any]:
         "stage": specification.stage,
         "seed": specification.seed,
         "setting": specification.setting,
+        "validation_accuracy": None,
+        "test_accuracy": None,
     }
     try:
         record |= {"status": FINISHED, "reason": None, **_measure(specification)}

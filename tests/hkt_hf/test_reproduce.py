@@ -1,0 +1,333 @@
+"""`hkt reproduce`: arms that differ in one thing, runs that are searched, recorded, resumed and refused as they should be."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hkt_hf.cli import main
+from hkt_hf.config import build_experiment
+from hkt_hf.data import load_data
+from hkt_hf.experiments import arms
+from hkt_hf.experiments.arms import ARMS, PEERS, build_arm, count_flops, model_fields, parse_arm, setting_source
+from hkt_hf.experiments.protocol import PROTOCOLS, TASKS, Setting, load_protocol
+from hkt_hf.experiments.reproduce import Run, Sweep, reproduce
+from hkt_hf.experiments.run import execute
+from hkt_hf.modeling import HKTConfig, HKTForSequenceClassification
+
+
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
+TINY = [
+    "--model",
+    json.dumps(SIZES),
+    "--data.listops",
+    '{"min_length": 4, "max_length": 16, "num_train": 64, "num_validation": 40, "num_test": 40}',
+    *("--tokenizer.max_length", "16", "--training.per_device_train_batch_size", "8"),
+    *("--training.max_steps", "6", "--training.eval_steps", "2", "--training.save_steps", "2"),
+    *("--training.logging_steps", "1"),
+    *("--search.training", "{max_steps: 2, eval_steps: 2, save_steps: 2}"),
+    *("--pretraining.training", "{max_steps: 4, eval_steps: 2, save_steps: 2}"),
+    *("--search.learning_rate", "[1e-3, 1e-2]", "--search.hidden_dropout", "[0.1]", "--search.weight_decay", "[0.01]"),
+]
+
+
+def tiny_protocol(arm_names=("flat", "hkt"), seeds=(0,), *overrides):
+    return load_protocol("listops", "cpu", [*TINY, *overrides], arms=list(arm_names), seeds=list(seeds))
+
+
+def tiny_sweep(folder, *args):
+    return Sweep(tiny_protocol(*args), folder / "results", folder / "runs", threads=1)
+
+
+def run_all(sweep):
+    """All runs of a sweep in this process; their records by arm and name."""
+    for run in sweep.runs():
+        if not sweep.is_finished(run):
+            execute(sweep.specification(run))
+    return {(run.arm, run.name): sweep.record(run) for run in sweep.runs()}
+
+
+def built(name, seed=0, **fields):
+    """Model of an arm at tiny sizes."""
+    protocol = tiny_protocol()
+    config = protocol.base_config()
+    task = load_data(config.data)
+    model = model_fields(name, {**config.model, **fields}, vocab_size=20, length=16, num_labels=10)
+    values = {**config.to_dict(), "model": model, "seed": seed}
+    return build_arm(name, build_experiment(values), task)[0]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_protocols_are_complete(task, protocol):
+    """Both arms, five seeds, a grid of three dimensions; at the lengths that they state."""
+    loaded = load_protocol(task, protocol)
+    assert {"flat", "hkt", "flat-rope", "hkt-rope", "flat-convolution", "bert"} <= set(loaded.arms)
+    assert len(loaded.seeds) >= 5
+    for values in (loaded.search.learning_rate, loaded.search.hidden_dropout, loaded.search.weight_decay):
+        assert len(set(values)) >= 2
+    if protocol == "paper":
+        assert loaded.base_config().tokenizer.max_length == {"listops": 512, "cifar10": 1024, "imdb": 1024}[task]
+        assert (
+            loaded.experiment["model"]["hidden_size"] == 128
+            and loaded.experiment["training"]["num_train_epochs"] == 30
+        )
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--search.learning_rates", "[1e-3]"], "search.learning_rate"),
+        (["--serch.seed", "1"], "nearest valid one is `search`"),
+        (["--search.seed", "0"], "must not be one of `seeds`"),
+        (["--seeds", "[1, 1]"], "different ones"),
+        (["--arms", "[hkt-ropes]"], "hkt-rope"),
+        (["--search.learning_rate", "[]"], "at least one value"),
+        (["--search.hidden_dropout", "[1.5]"], "hidden_dropout"),
+        (["--training.max_stepss", "3"], "max_steps"),
+    ],
+)
+def test_bad_protocols_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        protocol = load_protocol("listops", "cpu", words)
+        protocol.search.settings()
+
+
+def test_arms_begin_with_the_same_weights_wherever_shapes_agree():
+    reference = dict(built("hkt").named_parameters())
+    for name in ("flat", "hkt-levels-4", "hkt-kernel-3", "flat-wide-parameters", "hkt-shared-projections"):
+        weights = dict(built(name).named_parameters())
+        common = [key for key in weights if key in reference and weights[key].shape == reference[key].shape]
+        assert len(common) > 10 and "model.layers.1.self_attn.q_proj.0.weight" in common
+        for key in common:
+            assert torch.equal(weights[key], reference[key]), (name, key)
+    other = dict(built("hkt", seed=1).named_parameters())
+    assert not torch.equal(other["classifier.weight"], reference["classifier.weight"])
+    assert abs(reference["model.layers.0.mlp.up_proj.weight"].std() - HKTConfig.initializer_range) < 0.005
+
+
+@pytest.mark.parametrize("name", ["flat", "hkt", "hkt-dense", "flat-convolution", "hkt-rope"])
+def test_arms_draw_the_same_dropout(name):
+    built(name)
+    assert torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(0)).item()
+
+
+def test_wide_twins_have_the_cost_of_hkt():
+    hkt = built("hkt")
+    parameters = sum(p.numel() for p in hkt.parameters())
+    wide = built("flat-wide-parameters")
+    assert wide.config.num_levels == 1
+    column = 2 * wide.config.num_hidden_layers * (2 * SIZES["hidden_size"] + 1)
+    assert abs(sum(p.numel() for p in wide.parameters()) - parameters) <= column
+    flops = count_flops(hkt, 16)
+    assert count_flops(built("flat"), 16) < 0.9 * flops
+    assert abs(count_flops(built("flat-wide-flops"), 16) / flops - 1) < 0.01
+
+
+def test_flops_are_those_of_the_products():
+    d, inner, length, layers = SIZES["hidden_size"], SIZES["intermediate_size"], 16, SIZES["num_hidden_layers"]
+    layer = 4 * length * d * d + 2 * length * length * d + 2 * length * d * inner
+    assert count_flops(built("flat"), length) == 2 * (layers * layer + d * 10)
+
+
+def test_the_convolution_of_the_control_is_short_causal_and_before_queries_and_keys_only():
+    model = built("flat-convolution").eval()
+    attention = model.model.layers[0].self_attn
+    inputs = torch.randn(1, 12, SIZES["hidden_size"], requires_grad=True)
+    for projection in (attention.q_proj[0], attention.k_proj[0]):
+        (gradient,) = torch.autograd.grad(projection(inputs)[0, 7].sum(), inputs)
+        assert gradient[0].abs().sum(-1).nonzero().flatten().tolist() == [4, 5, 6, 7]
+    (gradient,) = torch.autograd.grad(attention.v_proj(inputs)[0, 7].sum(), inputs)
+    assert gradient[0].abs().sum(-1).nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "name, weights",
+    [
+        ("hkt-uniform-weights", [1 / 3, 1 / 3, 1 / 3]),
+        ("hkt-only-level-0", [1.0, 0.0, 0.0]),
+        ("hkt-only-level-2", [0.0, 0.0, 1.0]),
+    ],
+)
+def test_fixed_level_weights_stay(name, weights):
+    model = built(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    model(input_ids=torch.randint(5, 20, (2, 12)), labels=torch.tensor([1, 2])).loss.backward()
+    optimizer.step()
+    for layer in model.model.layers:
+        torch.testing.assert_close(layer.self_attn.level_weights(), torch.tensor([weights, weights]))
+
+
+def test_the_untrained_mean_stays():
+    model = built("hkt-untrained-mean")
+    model(input_ids=torch.randint(5, 20, (2, 12)), labels=torch.tensor([1, 2])).loss.backward()
+    assert all(p.grad is None for layer in model.model.layers for p in layer.self_attn.downsample.parameters())
+    assert model.model.layers[0].self_attn.level_logits.grad is not None
+
+
+def test_only_level_0_is_the_flat_model():
+    """With all weight on level 0, HKT computes what its flat twin computes."""
+    input_ids = torch.randint(5, 20, (2, 13))
+    flat, single = built("flat").eval(), built("hkt-only-level-0").eval()
+    torch.testing.assert_close(single(input_ids).logits, flat(input_ids).logits)
+
+
+def test_arm_names():
+    assert parse_arm("hkt-rope") == (ARMS["hkt"], "rope") and parse_arm("hkt") == (ARMS["hkt"], "absolute")
+    assert parse_arm("bert")[1] is None and all(parse_arm(peer)[0].is_peer for peer in PEERS)
+    assert setting_source("hkt-dense-rope") == "hkt-rope" and setting_source("hkt-dense") == "hkt"
+    assert setting_source("flat-convolution-rope") == "flat-convolution-rope"
+    with pytest.raises(ValueError, match="nearest one is 'hkt-rope'"):
+        parse_arm("hkt-rop")
+
+
+def test_a_sweep_records_every_run(tmp_path):
+    sweep = tiny_sweep(tmp_path)
+    records = run_all(sweep)
+    assert len(records) == 2 * (2 + 1)
+    for (arm, _), record in records.items():
+        assert record["status"] == "finished" and record["arm"] == arm and record["task"] == "listops"
+        assert record["protocol"] == "cpu" and record["position_embedding_type"] == "absolute"
+        assert record["num_levels"] == (3 if arm == "hkt" else 1)
+        assert (record["test_accuracy"] is None) == (record["stage"] == "search")
+        assert record["config"]["training"]["learning_rate"] == record["setting"]["learning_rate"]
+        assert record["config"]["model"]["hidden_dropout"] == record["setting"]["hidden_dropout"]
+        for key in ("seconds", "memory", "parameters", "flops", "tokens"):
+            assert record[key] > 0
+        assert record["versions"]["torch"] and len(record["curve"]["train"]) == record["steps"]
+        assert (record["steps"], record["seed"]) == ((2, 100) if record["stage"] == "search" else (6, 0))
+        for entry in record["curve"]["validation"]:
+            weights = entry.get("level_weights")
+            if arm == "hkt":
+                assert torch.tensor(weights).shape == (2, 2, 3)
+            else:
+                assert weights is None
+    for arm in ("flat", "hkt"):
+        tried = [record for (name, _), record in records.items() if name == arm and record["stage"] == "search"]
+        best = max(tried, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
+        assert records[arm, "final-seed0"]["setting"] == best["setting"]
+        assert not (tmp_path / "runs/listops/cpu" / arm / tried[0]["config"]["output_dir"]).exists()
+        assert (tmp_path / "runs/listops/cpu" / arm / "final-seed0" / "README.md").is_file()
+    assert run_all(sweep) == records  # nothing is run twice
+
+
+def test_a_record_is_reproduced_by_evaluating_its_checkpoint(tmp_path, capsys):
+    sweep = tiny_sweep(tmp_path, ("hkt",))
+    record = run_all(sweep)["hkt", "final-seed0"]
+    assert main(["evaluate", str(sweep.folder(Run("hkt", "final", 0))), "--out", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["accuracy"] == record["test_accuracy"]
+
+
+def test_search_takes_the_best_and_of_equal_ones_the_smaller_loss(tmp_path):
+    sweep = tiny_sweep(tmp_path)
+    low, high = sweep.protocol.search.settings()
+    measured = {low: (0.5, 1.2), high: (0.5, 1.1)}
+
+    def write():
+        for setting, (accuracy, loss) in measured.items():
+            path = sweep.record_path(Run("flat", "search", 100, setting))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            values = {"status": "finished", "validation_accuracy": accuracy, "validation_loss": loss}
+            path.write_text(json.dumps(values))
+
+    write()
+    assert sweep.chosen_setting("flat") == high
+    measured[low] = (0.6, 2.0)
+    write()
+    assert sweep.chosen_setting("flat") == low
+    assert sweep.chosen_setting("flat-wide-flops") == low
+    with pytest.raises(ValueError, match="no finished run"):
+        sweep.chosen_setting("hkt")
+
+
+def test_pretrained_arms_begin_from_their_own_pretraining(tmp_path):
+    sweep = tiny_sweep(tmp_path, ("hkt-pretrained",))
+    records = run_all(sweep)
+    stages = [(record["stage"], record["seed"]) for record in records.values()]
+    assert stages == [("pretraining", 100), ("search", 100), ("search", 100), ("pretraining", 0), ("final", 0)]
+    final = records["hkt-pretrained", "final-seed0"]
+    assert final["num_levels"] == 3
+    assert final["pretraining"]["steps"] == 4 and 0 <= final["pretraining"]["masked_accuracy"] <= 1
+    assert final["config"]["model"]["checkpoint"].endswith("hkt-pretrained/pretraining-seed0")
+    pretraining = records["hkt-pretrained", "pretraining-seed0"]
+    assert pretraining["test_accuracy"] is None and pretraining["setting"] is None
+
+
+def test_a_failed_run_is_recorded_and_tried_again(tmp_path, monkeypatch):
+    sweep = tiny_sweep(tmp_path, ("hkt-dense",))
+    monkeypatch.setitem(arms.ARMS, "hkt-dense", arms.Arm("broken", change=lambda model: 1 / 0, setting_of="hkt"))
+    run = sweep.runs()[0]
+    assert execute(sweep.specification(run))["status"] == "finished"  # the search of "hkt"
+    execute(sweep.specification(sweep.runs()[1]))
+    final = Run("hkt-dense", "final", 0)
+
+    def out_of_memory(model):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(arms.ARMS, "hkt-dense", arms.Arm("broken", change=out_of_memory, setting_of="hkt"))
+    record = execute(sweep.specification(final))
+    assert record["status"] == "failed" and record["reason"] == "RuntimeError: out of memory"
+    assert "test_accuracy" in record and record["test_accuracy"] is None
+    assert not sweep.is_finished(final)
+    monkeypatch.undo()
+    assert execute(sweep.specification(final))["status"] == "finished" and sweep.is_finished(final)
+
+
+def test_records_of_other_settings_are_refused(tmp_path):
+    run_all(tiny_sweep(tmp_path, ("flat",)))
+    with pytest.raises(ValueError, match=r"other settings \(.*data.listops.num_train"):
+        tiny_sweep(tmp_path, ("flat",), (0,), "--data.listops.num_train", "65")
+    assert main(["reproduce", "listops", "--protocol", "cpu", *TINY, "--results", str(tmp_path / "results")]) == 1
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ({"text": ["a", "b"]}, "label"),
+        ({"label": [0, 1]}, "text"),
+        ({"text": ["a"] * 40, "label": [1] * 40}, "one class"),
+        ({"text": [], "label": []}, "no examples"),
+    ],
+)
+def test_a_wrong_dataset_stops_at_once(rows, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    features = {"text": datasets.Value("string"), "label": datasets.Value("int64")}
+    features = datasets.Features({name: feature for name, feature in features.items() if name in rows})
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    assert main(["reproduce", "imdb", "--protocol", "cpu", "--data.path", str(tmp_path / "data")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_results(tmp_path):
+    """Two runs side by side are killed in the middle; the command then gives what runs one by one in this process give."""
+    command = [sys.executable, "-m", "hkt_hf.cli", "reproduce", "listops", "--protocol", "cpu", *TINY]
+    command += ["--arms", "flat", "hkt", "--seeds", "0", "--jobs", "2", "--threads", "1"]
+    command += ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/**/checkpoint-2/trainer_state.json")):
+        assert killed.poll() is None and time.monotonic() < deadline, "no run could be interrupted"
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGINT)
+    assert killed.wait(60) == 130
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("results/**/*.json")}
+    assert len(finished) < 6
+    subprocess.run(command, check=True, capture_output=True)
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+
+    torch.set_num_threads(1)
+    expected = run_all(tiny_sweep(tmp_path / "whole"))
+    resumed = tiny_sweep(tmp_path)
+    for run in resumed.runs():
+        found, wanted = resumed.record(run), expected[run.arm, run.name]
+        for key in ("test_accuracy", "validation_accuracy", "setting", "tokens", "parameters"):
+            assert found[key] == wanted[key], (run, key)
+        assert [e["loss"] for e in found["curve"]["train"]] == [e["loss"] for e in wanted["curve"]["train"]]
