@@ -14,6 +14,9 @@ What a peer reads of a sequence to classify it:
 - any other `model_type` of transformers: its own head for sequence classification, which reads the first token of most
   encoders and the last real one of most decoders; where there is none, the mean over the real tokens.
 
+Beyond 704 tokens BigBird of transformers draws the same random blocks in every training step, and in evaluation takes the
+first block in place of each: its accuracy there is that of the library, and may be below that of the architecture.
+
 A model that reads the first token reads `[CLS]` only where the tokenizer writes one (`tokenizer.add_cls_token`).
 
 `dropout` applies to hidden states and before the classifier, as `hidden_dropout` of HKT; dropout of attention weights is 0.
@@ -152,8 +155,8 @@ def peer_padding(name: str, length: int) -> int | None:
     that each batch has it:
 
     - `"nystromformer"`: the multiple of 64 that its landmarks are spread over. Padding has a share in them.
-    - `"fnet"`: it has no mask, so that a sequence's output depends on how far it is padded; its authors train and
-      evaluate at one length (arXiv 2105.03824, section 4.1).
+    - `"fnet"`: it has no mask, so that a sequence's output depends on how far it is padded; it was trained with padding up
+      to one length, and the documentation of transformers recommends the same length for fine-tuning and inference.
     - `"big_bird"` beyond 704 tokens: a batch of 704 or less turns it to full attention for good. Up to 704 it has full
       attention anyway, and needs no padding.
     - `"h-transformer-1d"`: it takes no batch shorter than 4 blocks, and a real token attends to a block of padding alone.
