@@ -1,5 +1,6 @@
 """What can be measured: the operator's backends and the models, HKT beside its peers, each as a [`Step`]."""
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable
@@ -8,7 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,6 +31,9 @@ REFERENCE = "flat"
 OPERATOR_MODES = ("forward", "forward_backward")
 MODEL_MODES = ("forward", "forward_backward", "train_step", "decode_step")
 NUM_LABELS = 2
+NYSTROMFORMER_LANDMARKS = 64
+BIG_BIRD_FULL_LENGTH = 704
+"""Up to here BigBird of transformers has full attention: 5 + 2 * 3 blocks of 64."""
 
 
 def sequence_lengths(batch_size: int, length: int) -> list[int]:
@@ -132,7 +143,12 @@ def operator_step(name: str, mode: str, sizes: OperatorSizes) -> Step:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """One configuration of a model, dropout 0 everywhere; `num_new_tokens` is what decoding adds to `length` at most."""
+    """One configuration of a model.
+
+    What a benchmark varies comes first. Then what it leaves alone, and no result records (`NOT_RECORDED`):
+    `num_new_tokens` is what decoding adds to `length` at most; `num_labels` classes, `dropout` (of hidden states and of
+    the classifier, never of attention weights) and `pad_token_id` are for training.
+    """
 
     length: int
     batch_size: int = 8
@@ -146,6 +162,13 @@ class ModelSizes:
     num_new_tokens: int = 0
     dtype: str = "float32"
     device: str = "cpu"
+    num_labels: int = NUM_LABELS
+    dropout: float = 0.0
+    pad_token_id: int = 0
+
+
+NOT_RECORDED = ("num_new_tokens", "num_labels", "dropout", "pad_token_id")
+"""Fields of [`ModelSizes`] that are no part of a result."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +176,8 @@ class Peer:
     """A model that HKT is measured against.
 
     Args:
-        build (`Callable`): `(sizes, is_decoder)` to a classifier of `NUM_LABELS` classes or, as a decoder, a causal
-            language model; raises `NotAvailableError` where it can't be built.
+        build (`Callable`): `(sizes, is_decoder)` to a classifier of `sizes.num_labels` classes or, as a decoder, a
+            causal language model; raises `NotAvailableError` where it can't be built.
         note (`str` or `Callable`): what is special about its configuration, or a function of the sizes that says so; it
             goes into the result.
         has_decoder (`bool`): whether there is a decoder with a cache.
@@ -175,15 +198,26 @@ class MeanClassifier(nn.Module):
     Args:
         encoder (`nn.Module`): `input_ids (B, T)` and `mask (B, T)` or `None` to hidden states `(B, T, d)`.
         hidden_size (`int`): `d`.
+        num_labels (`int`, *optional*, defaults to 2): classes.
+        dropout (`float`, *optional*, defaults to 0): of the mean, as in the head of HKT.
     """
 
-    def __init__(self, encoder: Callable[..., torch.Tensor], hidden_size: int):
+    def __init__(
+        self,
+        encoder: Callable[..., torch.Tensor],
+        hidden_size: int,
+        num_labels: int = NUM_LABELS,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.encoder = encoder
-        self.classifier = nn.Linear(hidden_size, NUM_LABELS)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(hidden_size, num_labels)
+        nn.init.normal_(self.classifier.weight, std=0.02)  # as transformers does
+        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, input_ids, attention_mask=None, labels=None) -> SequenceClassifierOutput:
-        """Logits `(B, NUM_LABELS)` and, with `labels (B,)`, the cross-entropy."""
+        """Logits `(B, num_labels)` and, with `labels (B,)`, the cross-entropy."""
         hidden_states = self.encoder(input_ids, attention_mask)
         if attention_mask is None:
             pooled = hidden_states.mean(dim=1)
@@ -191,15 +225,22 @@ class MeanClassifier(nn.Module):
             weights = attention_mask.to(hidden_states.dtype)
             weights = weights / weights.sum(dim=1, keepdim=True)
             pooled = (weights[:, None] @ hidden_states).squeeze(1)
-        logits = self.classifier(pooled)
+        logits = self.classifier(self.dropout(pooled))
         return SequenceClassifierOutput(
             loss=F.cross_entropy(logits, labels) if labels is not None else None, logits=logits
         )
 
 
-def _library_model(model_type: str, sizes: ModelSizes, is_decoder: bool, **fields) -> nn.Module:
-    """A model of transformers, by `model_type`, with the sizes under the names that most configurations use."""
-    config = AutoConfig.for_model(
+def library_config(model_type: str, sizes: ModelSizes, is_decoder: bool = False, **fields) -> PreTrainedConfig:
+    """The configuration of a model of transformers, with the sizes under the names that most configurations use.
+
+    Args:
+        model_type (`str`): that of transformers.
+        sizes ([`ModelSizes`]): sizes, dropout and number of classes.
+        is_decoder (`bool`, *optional*, defaults to `False`): for a causal language model.
+        fields: of the configuration, over those that follow from the sizes.
+    """
+    return AutoConfig.for_model(
         model_type,
         **{
             "vocab_size": sizes.vocab_size,
@@ -208,19 +249,55 @@ def _library_model(model_type: str, sizes: ModelSizes, is_decoder: bool, **field
             "num_hidden_layers": sizes.num_hidden_layers,
             "intermediate_size": sizes.intermediate_size,
             # Room for tables that begin behind the padding id, and for lengths rounded up to a whole block.
-            "max_position_embeddings": -(-sizes.length // 64) * 64 + 2 + sizes.num_new_tokens,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "classifier_dropout": 0.0,
-            "num_labels": NUM_LABELS,
-            "pad_token_id": 0,
+            "max_position_embeddings": -(-sizes.length // 64) * 64 + 2 + sizes.pad_token_id + sizes.num_new_tokens,
+            "num_labels": sizes.num_labels,
+            "pad_token_id": sizes.pad_token_id,
             "bos_token_id": 1,
             "eos_token_id": 2,
+            **_dropouts(model_type, sizes.dropout),
             **({"is_decoder": True} if is_decoder else {}),
             **fields,
         },
     )
+
+
+def config_fields(model_type: str) -> set[str]:
+    """Names that the configuration of a `model_type` of transformers gives a meaning to."""
+    config_class = CONFIG_MAPPING[model_type]
+    return {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+
+
+def _dropouts(model_type: str, dropout: float) -> dict[str, float]:
+    """Every dropout that a configuration has, whatever its name.
+
+    Those of attention weights, of the activation within a feed-forward (which BERT hasn't) and of whole layers are 0.
+    """
+    names = {name for name in config_fields(model_type) if "dropout" in name or name.endswith(("pdrop", "layerdrop"))}
+    without = ("attention", "attn", "activation", "layerdrop")
+    # `token_dropout` of ESM rescales embeddings and is a bool.
+    return {
+        name: 0.0 if any(word in name for word in without) else dropout for name in names if name != "token_dropout"
+    }
+
+
+def _library_model(model_type: str, sizes: ModelSizes, is_decoder: bool, **fields) -> nn.Module:
+    config = library_config(model_type, sizes, is_decoder, **fields)
     return (AutoModelForCausalLM if is_decoder else AutoModelForSequenceClassification).from_config(config)
+
+
+def mean_classifier(model: nn.Module, sizes: ModelSizes) -> MeanClassifier:
+    """A classifier of the mean over real tokens, for a model of transformers without any head."""
+    return MeanClassifier(_LastHiddenState(model), sizes.hidden_size, sizes.num_labels, sizes.dropout)
+
+
+class _LastHiddenState(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids, attention_mask=attention_mask, **self.options).last_hidden_state
 
 
 def _hkt(sizes: ModelSizes, is_decoder: bool, num_levels: int, attn_implementation: str | None) -> nn.Module:
@@ -233,8 +310,9 @@ def _hkt(sizes: ModelSizes, is_decoder: bool, num_levels: int, attn_implementati
         intermediate_size=sizes.intermediate_size,
         max_position_embeddings=sizes.length + sizes.num_new_tokens,
         num_levels=num_levels,
-        num_labels=NUM_LABELS,
-        hidden_dropout=0.0,
+        num_labels=sizes.num_labels,
+        pad_token_id=sizes.pad_token_id,
+        hidden_dropout=sizes.dropout,
         is_decoder=is_decoder,
     )
     auto_class = AutoModelForCausalLM if is_decoder else AutoModelForSequenceClassification
@@ -267,7 +345,7 @@ def _big_bird(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
 
 
 def _big_bird_note(sizes: ModelSizes) -> str:
-    if sizes.length <= 704:
+    if sizes.length <= BIG_BIRD_FULL_LENGTH:
         return "full attention, to which the library falls back up to 704 tokens"
     return (
         "blocks of 64: 2 global, 3 of a window, 3 random; transformers 5.23 assembles the T x T weights all the same"
@@ -275,12 +353,38 @@ def _big_bird_note(sizes: ModelSizes) -> str:
 
 
 def _nystromformer(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
-    landmarks = 64
-    if sizes.length % landmarks:
-        raise NotAvailableError(f"takes lengths that are multiples of its {landmarks} landmarks, got {sizes.length}")
-    return _library_model(
-        "nystromformer", sizes, is_decoder, num_landmarks=landmarks, segment_means_seq_len=sizes.length
-    )
+    model = _library_model("nystromformer", sizes, is_decoder, **_nystromformer_fields(sizes))
+    _mask_keys_of_landmarks(model.nystromformer)
+    return model
+
+
+def nystromformer_encoder(sizes: ModelSizes) -> nn.Module:
+    """Nyströmformer without a head, for the one length of `sizes`; errors as of the peer."""
+    model = AutoModel.from_config(library_config("nystromformer", sizes, **_nystromformer_fields(sizes)))
+    _mask_keys_of_landmarks(model)
+    return model
+
+
+def _nystromformer_fields(sizes: ModelSizes) -> dict[str, int]:
+    if sizes.length % NYSTROMFORMER_LANDMARKS:
+        raise NotAvailableError(
+            f"takes lengths that are multiples of its {NYSTROMFORMER_LANDMARKS} landmarks, got {sizes.length}"
+        )
+    return {"num_landmarks": NYSTROMFORMER_LANDMARKS, "segment_means_seq_len": sizes.length}
+
+
+def _mask_keys_of_landmarks(model: nn.Module) -> None:
+    """Let Nyströmformer take padding: transformers 5.17 to 5.23 form a mask of T x T, but its queries are 64 landmarks."""
+
+    def to_one_row(module: nn.Module, args: tuple, kwargs: dict[str, object]):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2:
+            lowest = torch.finfo(module.dtype).min
+            masked = torch.zeros(mask.shape, dtype=module.dtype, device=mask.device).masked_fill(mask == 0, lowest)
+            kwargs = {**kwargs, "attention_mask": masked[:, None, None, :]}
+        return args, kwargs
+
+    model.register_forward_pre_hook(to_one_row, with_kwargs=True)
 
 
 def _fnet(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
@@ -294,13 +398,13 @@ def _mamba(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
         "vocab_size": sizes.vocab_size,
         "hidden_size": sizes.hidden_size,
         "num_hidden_layers": 2 * sizes.num_hidden_layers,
-        "pad_token_id": 0,
+        "pad_token_id": sizes.pad_token_id,
         "use_mambapy": importlib.util.find_spec("mambapy") is not None,
     }
     config = AutoConfig.for_model("mamba", **fields)
     if is_decoder:
         return AutoModelForCausalLM.from_config(config)
-    return MeanClassifier(_LastHiddenState(AutoModel.from_config(config)), sizes.hidden_size)
+    return mean_classifier(AutoModel.from_config(config), sizes)
 
 
 def _mamba_note(sizes: ModelSizes) -> str:
@@ -312,13 +416,9 @@ def _mamba_note(sizes: ModelSizes) -> str:
     return f"two blocks for each layer (arXiv 2312.00752, section 3.4), one direction; {scan}"
 
 
-class _LastHiddenState(nn.Module):
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+def h_transformer_1d_block(length: int) -> int:
+    """Block of h-transformer-1d for lengths up to `length`; it takes no sequence shorter than four of them, padded."""
+    return min(128, max((1 << max(length - 1, 1).bit_length()) // 4, 1))
 
 
 def _h_transformer_1d(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
@@ -338,10 +438,13 @@ def _h_transformer_1d(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
         heads=sizes.num_attention_heads,
         dim_head=sizes.hidden_size // sizes.num_attention_heads,
         ff_mult=multiple,
-        block_size=min(128, max(longest // 4, 1)),
+        block_size=h_transformer_1d_block(sizes.length),
     )
     model.to_logits = model.to_logits[0]  # its layer norm, without the language-model head
-    return MeanClassifier(_Positional(model), sizes.hidden_size)
+    for attention, _ in model.layers.layers:
+        # The layers share one table, which the state would hold under a name for each: safetensors refuses that.
+        attention.fn.__dict__["pos_emb"] = attention.fn._modules.pop("pos_emb")
+    return MeanClassifier(_Positional(model), sizes.hidden_size, sizes.num_labels, sizes.dropout)
 
 
 class _Positional(nn.Module):
@@ -469,7 +572,7 @@ def _training(model: nn.Module, mode: str, sizes: ModelSizes, facts: dict[str, o
             facts=facts,
         )
     model.train()
-    labels = torch.randint(NUM_LABELS, shape[:1], generator=generator).to(sizes.device)
+    labels = torch.randint(sizes.num_labels, shape[:1], generator=generator).to(sizes.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> None:

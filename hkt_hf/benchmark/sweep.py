@@ -18,6 +18,7 @@ from ..presets import preset
 from .measurement import Step, measure
 from .registry import (
     MODEL_MODES,
+    NOT_RECORDED,
     OPERATOR_MODES,
     PEERS,
     REFERENCE,
@@ -202,8 +203,7 @@ class ModelSweep:
                 device=self.device,
             )
             fields = dataclasses.asdict(sizes)
-            del fields["num_new_tokens"]
-            yield {"mode": mode, **fields}
+            yield {"mode": mode, **{name: value for name, value in fields.items() if name not in NOT_RECORDED}}
 
     def step(self, name: str, configuration: dict[str, object], steps: int) -> Step:
         """The step of an entry; `steps` is how often it will run at most."""

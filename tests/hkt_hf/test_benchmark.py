@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import clients
 import pytest
@@ -18,6 +19,7 @@ from hkt_hf.cli import main
 
 
 MIB = 2**20
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 QUICK = Protocol(warm_up=0, repeats=2)
 
 
@@ -224,6 +226,15 @@ def test_models_take_padding(name):
     assert padded.isfinite().all() and (padded[1] - whole[1]).abs().max() > 5e-6
 
 
+def test_nystromformer_takes_padding_with_fewer_landmarks_than_tokens():
+    padded, whole = (
+        model_step("nystromformer", "forward", ModelSizes(128, padding=padding, **TINY)).run()
+        for padding in (True, False)
+    )
+    torch.testing.assert_close(padded[0], whole[0], atol=1e-5, rtol=1e-4)
+    assert (padded[1] - whole[1]).abs().max() > 5e-6
+
+
 def test_the_mean_classifier_reads_real_tokens_alone():
     model = registry.MeanClassifier(lambda ids, mask: ids[..., None].float(), 1)
     ids, mask = torch.tensor([[1, 2, 3], [1, 2, 9]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -232,6 +243,9 @@ def test_the_mean_classifier_reads_real_tokens_alone():
     labels = torch.tensor([0, 1])
     output = model(ids, mask, labels)
     torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    dropping = registry.MeanClassifier(lambda ids, mask: ids[..., None].float(), 1, num_labels=5, dropout=0.5)
+    dropped = dropping(torch.ones(2, 3)).logits
+    assert dropped.shape == (2, 5) and not torch.equal(dropped, dropping.eval()(torch.ones(2, 3)).logits)
 
 
 def test_a_train_step_changes_the_parameters_and_a_backward_alone_does_not(monkeypatch):
@@ -403,6 +417,13 @@ def test_finished_rows_are_not_measured_again(tmp_path, monkeypatch):
 
 def environment_of(row):
     return {key: row["made"][key] for key in ("versions", "machine", "commit")}
+
+
+def test_model_rows_record_what_the_results_hold():
+    recorded = json.loads((RESULTS / "benchmark_models.json").read_text())["rows"]
+    expected = {"mode", *ModelSizes.__dataclass_fields__} - set(registry.NOT_RECORDED)
+    assert set(next(ModelSweep().configurations())) == expected
+    assert all(set(row["configuration"]) == expected for row in recorded)
 
 
 def test_a_model_sweep_with_peers_that_cannot_run(tmp_path):
