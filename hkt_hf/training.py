@@ -156,7 +156,7 @@ def train(
     config: ExperimentConfig,
     *,
     build: Callable[[ExperimentConfig, TaskData], tuple[torch.nn.Module, PreTrainedTokenizerBase]] | None = None,
-    data_collator: Callable[[list[dict]], dict] | None = None,
+    pad_to_multiple_of: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     measure: Sequence[str] = ("validation", "test"),
     save_model: bool = True,
@@ -173,7 +173,7 @@ def train(
         config ([`ExperimentConfig`]): what to do.
         build (`Callable`, *optional*): makes model and tokenizer of configuration and data, after the seed is set; by
             default [`build_model_and_tokenizer`]. A model that is no `PreTrainedModel` can't be saved as a checkpoint.
-        data_collator (`Callable`, *optional*): makes a batch of examples, in place of the objective's own.
+        pad_to_multiple_of (`int`, *optional*): to what each batch is padded; by default to its longest sequence.
         callbacks (sequence of `TrainerCallback`, *optional*): further callbacks; what they add to the log's last entry
             in `on_evaluate` is in `curves.json`.
         measure (sequence of `str`, *optional*): the splits to measure when training is over.
@@ -221,8 +221,8 @@ def train(
 
     main_metric, *_ = metric_names
     trainer_arguments = objective.trainer_arguments(task, tokenizer, config)
-    if data_collator is not None:
-        trainer_arguments["data_collator"] = data_collator
+    if pad_to_multiple_of is not None:
+        trainer_arguments["data_collator"].pad_to_multiple_of = pad_to_multiple_of
     stopwatch = StopwatchCallback()
     try:
         trainer = ExperimentTrainer(

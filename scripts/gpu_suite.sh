@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # What needs an NVIDIA GPU, in order of worth: exactness of the Triton kernels, their time, decoding, the models' attention
-# functions. Writes into OUT (default results/gpu). A step that is done leaves a file OUT/<step>.done and is skipped by the
-# next run; no step begins after the time limit, and none outlasts it.
+# functions, and the paper's experiments (hkt reproduce --protocol paper). Writes into OUT (default results/gpu), the
+# experiments into results/reproduce and runs/reproduce. A step that is done leaves a file OUT/<step>.done and is skipped by
+# the next run; no step begins after the time limit, and none outlasts it; experiments go on where they were broken off.
 # Usage: scripts/gpu_suite.sh [--limit SECONDS]   (default 570)
-# The package need not be installed, but torch, Triton and transformers must be.
+# The package need not be installed, but torch, Triton and transformers must be. Where datasets and evaluate are not, WHEELS
+# names a folder with their wheels (pip download --only-binary=:all: -d WHEELS datasets evaluate). DATA (default
+# ../shared/data) holds the folders imdb and cifar10 with the parquet files of their splits; JOBS (default 8) runs train
+# side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,6 +31,8 @@ ln -s "$PWD"/hkt_hf/* "$links/hkt_hf/"
 ln -s "$PWD/modeling" "$links/hkt_hf/modeling"
 ln -s "$PWD/configs" "$links/hkt_hf/configs"
 export PYTHONPATH="$links:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+data=${DATA:-../shared/data}
+jobs=${JOBS:-8}
 
 "$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu_suite.sh needs an NVIDIA GPU: torch.cuda.is_available() is False")'
 
@@ -53,4 +59,22 @@ step check_others "$python" $check "$out/check_others.json" --levels 1 2 4 --wid
 step check_wide "$python" $check "$out/check_wide.json" --levels 3 --widths 32 128 --lengths 1999
 step decoding "$python" scripts/benchmark_decoding.py --device cuda --dtype bfloat16 --output "$out/decoding.json"
 step attention_functions "$python" tests/programs/check_attention_functions.py
+
+if ! "$python" -c "import datasets, evaluate" 2> /dev/null; then
+    packages=${TMPDIR:-/tmp}/hkt-packages
+    [ -d "$packages" ] || "$python" -m pip install --quiet --no-index --no-deps --find-links "${WHEELS:?}" \
+        --target "$packages" datasets evaluate pyarrow pandas dill xxhash multiprocess
+    export PYTHONPATH="$PYTHONPATH:$packages"
+fi
+reproduce="-m hkt_hf.cli reproduce --protocol paper --jobs $jobs --threads 2"
+for arms in "flat hkt" "flat-rope hkt-rope flat-convolution-rope" "flat-convolution flat-wide-parameters flat-wide-flops bert"; do
+    name=${arms// /+}
+    step "listops_$name" "$python" $reproduce listops --arms $arms
+    step "imdb_$name" "$python" $reproduce imdb --arms $arms --data.path "$data/imdb"
+    step "cifar10_$name" "$python" $reproduce cifar10 --arms $arms --data.path "$data/cifar10"
+done
+step listops_all "$python" $reproduce listops
+step imdb_all "$python" $reproduce imdb --data.path "$data/imdb"
+step cifar10_all "$python" $reproduce cifar10 --data.path "$data/cifar10"
+step report "$python" -m hkt_hf.cli report
 exit $failed

@@ -17,7 +17,9 @@ from ..config import ExperimentConfig
 from ..data import TaskData
 from ..modeling import HKTConfig
 from ..modeling.modeling_hkt import HKTAttention, HKTForSequenceClassification
+from ..tokenization import build_tokenizer
 from ..training import build_model_and_tokenizer
+from .peers import build_peer, peer_names, peer_padding
 
 
 CONVOLUTION_KERNEL_SIZE = 4
@@ -161,8 +163,6 @@ ARMS: dict[str, Arm] = {
 }
 """Arms by name. With the suffix `-rope` an arm of ours has rotary positions, without it learned absolute ones."""
 
-PEERS = ("modernbert", "longformer", "big_bird", "nystromformer", "fnet", "mamba", "h-transformer-1d")
-
 
 def parse_arm(name: str) -> tuple[Arm, str | None]:
     """Arm and `position_embedding_type` (`None` for a peer) of a name such as `"hkt-rope"`.
@@ -171,20 +171,23 @@ def parse_arm(name: str) -> tuple[Arm, str | None]:
         ValueError: an unknown arm; the message names the nearest one.
     """
     check_arm(name)
-    if name in PEERS:
-        return Arm(f"{name}, another architecture", is_peer=True), None
     if name in ARMS:
         return ARMS[name], None if ARMS[name].is_peer else "absolute"
+    if name in peer_names():
+        return Arm(f"{name}, another architecture", is_peer=True), None
     return ARMS[name.removesuffix(ROPE_SUFFIX)], "rope"
 
 
 def check_arm(name: str) -> None:
     """ValueError for a name that [`parse_arm`] does not know."""
     with_rope = [f"{arm}{ROPE_SUFFIX}" for arm in ARMS if not ARMS[arm].is_peer]
-    known = [*ARMS, *with_rope, *PEERS]
+    known = [*ARMS, *with_rope, *peer_names()]
     if name not in known:
         nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"`arms` must be among {known}, got {name!r}; the nearest one is {nearest!r}")
+        raise ValueError(
+            f"`arms` must be among {list(ARMS)} (those of ours also with {ROPE_SUFFIX!r}) or a `model_type` of "
+            f"transformers, got {name!r}; the nearest one is {nearest!r}"
+        )
 
 
 def setting_source(name: str) -> str:
@@ -267,12 +270,46 @@ def build_arm(name: str, config: ExperimentConfig, task: TaskData) -> tuple[nn.M
         config ([`~hkt_hf.config.ExperimentConfig`]): of the run; its `model` holds the fields of [`model_fields`], or a
             `checkpoint` that was pretrained.
         task ([`~hkt_hf.data.TaskData`]): the data.
+
+    Raises:
+        NotAvailableError: a peer that can't be built here.
     """
     arm, _ = parse_arm(name)
+    if arm.is_peer:
+        return _build_peer(name, config, task)
     model, tokenizer = build_model_and_tokenizer(config, task)
     if "checkpoint" not in config.model:
         initialize_by_name(model, config.seed)
     if arm.change is not None:
         arm.change(model)
+    set_seed(config.seed)
+    return model, tokenizer
+
+
+def arm_padding(name: str, length: int) -> int | None:
+    """To a multiple of what an arm's batches are padded; `None` is the longest sequence of the batch."""
+    return peer_padding(name, length) if parse_arm(name)[0].is_peer else None
+
+
+def _build_peer(name: str, config: ExperimentConfig, task: TaskData) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    length = config.tokenizer.max_length
+    tokenizer = build_tokenizer(
+        config.tokenizer.kind or task.tokenizer_kind,
+        model_max_length=length,
+        add_cls_token=config.tokenizer.add_cls_token,
+    )
+    sizes = HKTConfig(**config.model)
+    model = build_peer(
+        name,
+        vocab_size=len(tokenizer),
+        num_labels=len(task.label_names),
+        length=length,
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_hidden_layers=sizes.num_hidden_layers,
+        intermediate_size=sizes.intermediate_size,
+        dropout=sizes.hidden_dropout,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     set_seed(config.seed)
     return model, tokenizer

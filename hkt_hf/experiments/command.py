@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def run_reproduce(options: argparse.Namespace, overrides: Sequence[str]) -> None
     protocol = load_protocol(options.task, options.protocol, overrides, arms=options.arms, seeds=options.seeds)
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     command = shlex.join(["hkt", *options.words])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes of the runs are ended, too
     sweep = Sweep(protocol, options.results, options.runs, threads=threads, command=command)
     outcome = reproduce(sweep, options.jobs)
     lost = [f"{run.arm} {run.name}" for run in [*outcome["failed"], *outcome["left_out"]]]

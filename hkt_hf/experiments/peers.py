@@ -180,12 +180,17 @@ def peer_padding(name: str, length: int) -> int | None:
     return None
 
 
+def peer_names() -> list[str]:
+    """All names that [`build_peer`] knows: the peers of the benchmark first, then every other `model_type`."""
+    return [*PEERS, *(name for name in sorted(CONFIG_MAPPING) if name not in (*PEERS, "hkt"))]
+
+
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
 def _check_name(name: str) -> None:
-    known = sorted({*PEERS, *CONFIG_MAPPING})
+    known = peer_names()
     if name not in known:
         nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
         raise ValueError(

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..benchmark.measurement import NotAvailableError
 from ..config import build_experiment
 from ..files import write_json
 from ..training import METRICS_FILE, build_model_and_tokenizer, train
-from .arms import build_arm, count_flops, parse_arm
+from .arms import arm_padding, build_arm, count_flops, parse_arm
 
 
 CURVE_KEYS = ("step", "loss", "accuracy", "masked_accuracy", "seconds", "level_weights")
@@ -114,9 +115,9 @@ def execute(specification: RunSpecification) -> dict[str, Any]:
     }
     try:
         record |= {"status": FINISHED, "reason": None, **_measure(specification)}
-    except (ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+    except (NotAvailableError, ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
         logging.getLogger(__name__).exception("%s failed", specification.record)
-        kind = NOT_AVAILABLE if type(error).__name__ == "NotAvailableError" else FAILED
+        kind = NOT_AVAILABLE if isinstance(error, NotAvailableError) else FAILED
         record |= {"status": kind, "reason": f"{type(error).__name__}: {error}"}
     record["pretraining"] = None
     if specification.pretraining is not None:
@@ -147,6 +148,7 @@ def _measure(specification: RunSpecification) -> dict[str, Any]:
     report = train(
         config,
         build=build,
+        pad_to_multiple_of=None if pretrains else arm_padding(specification.arm, config.tokenizer.max_length),
         callbacks=[RecordCallback()],
         measure=("validation", "test") if is_final else ("validation",),
         save_model=pretrains or (is_final and parse_arm(specification.arm)[0].is_checkpoint),

@@ -9,17 +9,16 @@ import time
 import datasets
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from hkt_hf.cli import main
 from hkt_hf.config import build_experiment
 from hkt_hf.data import load_data
 from hkt_hf.experiments import arms
-from hkt_hf.experiments.arms import ARMS, PEERS, build_arm, count_flops, model_fields, parse_arm, setting_source
-from hkt_hf.experiments.protocol import PROTOCOLS, TASKS, Setting, load_protocol
-from hkt_hf.experiments.reproduce import Run, Sweep, reproduce
+from hkt_hf.experiments.arms import ARMS, build_arm, count_flops, model_fields, parse_arm, setting_source
+from hkt_hf.experiments.protocol import PROTOCOLS, TASKS, load_protocol
+from hkt_hf.experiments.reproduce import Run, Sweep
 from hkt_hf.experiments.run import execute
-from hkt_hf.modeling import HKTConfig, HKTForSequenceClassification
+from hkt_hf.modeling import HKTConfig
 
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
@@ -180,7 +179,7 @@ def test_only_level_0_is_the_flat_model():
 
 def test_arm_names():
     assert parse_arm("hkt-rope") == (ARMS["hkt"], "rope") and parse_arm("hkt") == (ARMS["hkt"], "absolute")
-    assert parse_arm("bert")[1] is None and all(parse_arm(peer)[0].is_peer for peer in PEERS)
+    assert parse_arm("bert")[1] is None and all(parse_arm(peer)[0].is_peer for peer in ("mamba", "h-transformer-1d"))
     assert setting_source("hkt-dense-rope") == "hkt-rope" and setting_source("hkt-dense") == "hkt"
     assert setting_source("flat-convolution-rope") == "flat-convolution-rope"
     with pytest.raises(ValueError, match="nearest one is 'hkt-rope'"):
