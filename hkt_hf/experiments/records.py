@@ -1,0 +1,329 @@
+"""The records of `hkt reproduce`, one JSON file a run: read, checked, and put together by task, protocol and arm."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+
+TASK_TITLES = {"listops": "ListOps", "cifar10": "sequential CIFAR-10", "imdb": "character IMDB"}
+PROTOCOLS = ("cpu", "paper")
+POSITION_TITLES = {"absolute": "absolute", "rope": "RoPE", None: ""}
+STAGES = ("search", "final")
+STATUSES = ("finished", "failed", "not_available")
+SETTING_KEYS = ("learning_rate", "hidden_dropout", "weight_decay")
+PRETRAINED = "-pretrained"
+
+_NUMBER = (int, float)
+_NONE = type(None)
+_TYPES = {
+    "task": str,
+    "protocol": str,
+    "arm": str,
+    "num_levels": (int, _NONE),
+    "position_embedding_type": (str, _NONE),
+    "stage": str,
+    "seed": int,
+    "setting": dict,
+    "status": str,
+    "reason": (str, _NONE),
+    "validation_accuracy": (*_NUMBER, _NONE),
+    "test_accuracy": (*_NUMBER, _NONE),
+    "config": dict,
+    "curve": dict,
+    "pretraining": (dict, _NONE),
+    "seconds": (*_NUMBER, _NONE),
+    "memory": (int, _NONE),
+    "parameters": (int, _NONE),
+    "flops": (*_NUMBER, _NONE),
+    "tokens": (int, _NONE),
+    "threads": (int, _NONE),
+    "versions": dict,
+    "machine": (str, _NONE),
+    "commit": (str, _NONE),
+    "num_test": (int, _NONE),
+}
+_CHOICES = {
+    "task": tuple(TASK_TITLES),
+    "protocol": PROTOCOLS,
+    "position_embedding_type": tuple(POSITION_TITLES),
+    "stage": STAGES,
+    "status": STATUSES,
+}
+
+
+def read_records(folder: str | Path) -> list[dict]:
+    """All records below a folder, in an order that does not depend on the names of their files.
+
+    Args:
+        folder (`str` or `Path`): every `*.json` file in it and in its subfolders is the record of one run.
+
+    Returns:
+        `list[dict]`: the records as [`check_record`] describes them.
+
+    Raises:
+        FileNotFoundError: no such folder, or no JSON file in it.
+        ValueError: a file that is no record; two records of the same run; final runs of one task and protocol with
+            test splits of different sizes. The message names the files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`results` {folder} is no folder; `hkt reproduce` writes its records to one")
+    paths = sorted(folder.rglob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"`results` {folder} holds no record (*.json); `hkt reproduce` writes them")
+    found: dict[tuple, tuple[Path, dict]] = {}
+    sizes: dict[tuple, tuple[Path, int]] = {}
+    for path in paths:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        check_record(record, path)
+        run = _run(record)
+        if run in found:
+            raise ValueError(f"{found[run][0]} and {path} are records of the same run: keep one")
+        found[run] = path, record
+        if record["test_accuracy"] is not None:
+            first, size = sizes.setdefault(run[:2], (path, record["num_test"]))
+            if size != record["num_test"]:
+                raise ValueError(
+                    f"{first} and {path} were tested on {size} and {record['num_test']} examples: runs of one task and "
+                    "protocol must share their test split"
+                )
+    return [record for _, (_, record) in sorted(found.items(), key=lambda item: repr(item[0]))]
+
+
+def check_record(record: object, path: str | Path) -> None:
+    """Check that what a file holds is the record of a run.
+
+    Keys: `task`, `protocol`, `arm`, `num_levels`, `position_embedding_type` (`None` for models of other kinds), `stage`
+    (`"search"`: chooses the setting; `"final"`), `seed`, `setting` (learning_rate, hidden_dropout, weight_decay),
+    `status` with `reason`, `validation_accuracy`, `test_accuracy` (finished final runs alone), `config`, `curve`
+    (`train`: step, loss; `validation`: step, loss, accuracy, seconds, and for HKT level_weights as
+    `[layer][head][level]`), `pretraining` (steps, seconds, masked_accuracy), `seconds` of training, `memory` (peak
+    bytes), `parameters`, `flops` (forward, one sequence of the longest length), `tokens` (trained on, without padding),
+    `threads`, `versions`, `machine`, `commit` and `num_test`. Other keys are let pass.
+
+    Args:
+        record (`object`): what the file holds.
+        path (`str` or `Path`): its name, for messages.
+
+    Raises:
+        ValueError: not a record; the message names the file, the key, its value and what would be right.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is no record of `hkt reproduce`: it holds {type(record).__name__}, not an object")
+    missing = [key for key in _TYPES if key not in record]
+    if missing:
+        raise ValueError(f"{path} is no record of `hkt reproduce`: it lacks {_names(missing)}")
+
+    def refuse(key: str, wanted: str) -> None:
+        raise ValueError(f"{path}: `{key}` must be {wanted}, got {str(record[key])[:80]!r}")
+
+    for key, types in _TYPES.items():
+        if not isinstance(record[key], types) or isinstance(record[key], bool):
+            types = types if isinstance(types, tuple) else (types,)
+            refuse(key, " or ".join("null" if kind is _NONE else kind.__name__ for kind in types))
+    for key, choices in _CHOICES.items():
+        if record[key] not in choices:
+            refuse(key, f"one of {', '.join(map(str, choices))}")
+    if set(record["setting"]) != set(SETTING_KEYS) or not all(
+        isinstance(value, (*_NUMBER, _NONE)) for value in record["setting"].values()
+    ):
+        refuse("setting", f"numbers or null for {_names(SETTING_KEYS)}")
+    if not all(isinstance(record["curve"].get(part), list) for part in ("train", "validation")):
+        refuse("curve", "an object with the lists `train` and `validation`")
+    finished = record["status"] == "finished"
+    if not finished and not record["reason"]:
+        refuse("reason", f"a text for a run that is {record['status']}")
+    for key, wanted in (
+        ("validation_accuracy", finished),
+        ("test_accuracy", finished and record["stage"] == "final"),
+    ):
+        value = record[key]
+        if wanted and (value is None or not 0 <= value <= 1):
+            refuse(key, f"between 0 and 1 for a finished {record['stage']} run")
+    if record["test_accuracy"] is not None and not (finished and record["stage"] == "final"):
+        refuse("test_accuracy", "null but for a finished final run: the test split is read once, at the end")
+    for key in ("seconds", "tokens", "parameters", "num_test"):
+        if finished and not (record[key] or 0) > 0:
+            refuse(key, "greater than 0 for a finished run")
+
+
+def _run(record: dict) -> tuple:
+    """What tells a run from the others. A final run is known by its seed: its setting has been chosen."""
+    setting = tuple(record["setting"][key] for key in SETTING_KEYS) if record["stage"] == "search" else ()
+    keys = ("task", "protocol", "arm", "position_embedding_type", "stage", "seed")
+    return (*(record[key] for key in keys), setting)
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(f"`{key}`" for key in keys)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """All runs of one arm with one type of positions, on one task under one protocol.
+
+    Args:
+        name (`str`): as in the records, e.g. `"hkt"`.
+        positions (`str`, *optional*): `"absolute"` or `"rope"`; `None` for models of other kinds.
+        final (`dict[int, dict]`): seed to record, in the order of seeds.
+        search (`list[dict]`): records of the search.
+    """
+
+    name: str
+    positions: str | None
+    final: dict[int, dict] = field(default_factory=dict)
+    search: list[dict] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Name and positions, e.g. `hkt (RoPE)`."""
+        return self.name if self.positions is None else f"{self.name} ({POSITION_TITLES[self.positions]})"
+
+    @property
+    def slug(self) -> str:
+        """[`label`] for a file name."""
+        return re.sub(r"[^a-zA-Z0-9]+", "-", self.name if self.positions is None else f"{self.name}-{self.positions}")
+
+    @cached_property
+    def finished(self) -> dict[int, dict]:
+        """Seed to record of the final runs that finished."""
+        return {seed: record for seed, record in self.final.items() if record["status"] == "finished"}
+
+    @property
+    def kind(self) -> str:
+        """`flat`, `flat variant`, `hkt`, `hkt ablation`, `pretrained` or `peer`."""
+        if self.name.endswith(PRETRAINED):
+            return "pretrained"
+        if self.name in ("flat", "hkt"):
+            return self.name
+        return {"flat": "flat variant", "hkt": "hkt ablation"}.get(self.name.partition("-")[0], "peer")
+
+    def mean(self, key: str) -> float | None:
+        """Mean over the seeds that finished of a numeric key; `None` if there are none, or one of them has no value."""
+        values = [record[key] for record in self.finished.values()]
+        return None if not values or None in values else sum(values) / len(values)
+
+    def settings(self) -> dict[tuple, list[dict]]:
+        """Setting to the records of the search that tried it, in the order of settings (`None` first)."""
+        tried: dict[tuple, list[dict]] = {}
+        for record in self.search:
+            tried.setdefault(tuple(record["setting"][key] for key in SETTING_KEYS), []).append(record)
+        return dict(sorted(tried.items(), key=lambda item: [-1.0 if v is None else v for v in item[0]]))
+
+    def best_setting(self) -> tuple[tuple, float] | None:
+        """The setting of the search with the highest validation accuracy (its mean where several seeds tried it).
+
+        Only settings of which all runs finished count; of equal ones the first in the order of [`settings`] is taken.
+        """
+        means = {
+            setting: sum(record["validation_accuracy"] for record in records) / len(records)
+            for setting, records in self.settings().items()
+            if all(record["status"] == "finished" for record in records)
+        }
+        return max(means.items(), key=lambda item: item[1]) if means else None
+
+    @cached_property
+    def level_weights(self) -> tuple[list[int], np.ndarray] | None:
+        """Level weights over training, averaged over the seeds.
+
+        Returns:
+            `tuple[list[int], np.ndarray]` or `None`: the steps that all finished seeds have, and `float64` weights of
+            shape `(steps, layers, heads, levels)`; `None` if no seed, or not every one, has any.
+
+        Raises:
+            ValueError: seeds with weights of different shapes.
+        """
+        by_seed = [
+            {
+                entry["step"]: entry["level_weights"]
+                for entry in record["curve"]["validation"]
+                if "level_weights" in entry
+            }
+            for record in self.finished.values()
+        ]
+        steps = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
+        if not steps:
+            return None
+        try:
+            weights = np.array([[of_seed[step] for step in steps] for of_seed in by_seed], dtype=float)
+        except ValueError:
+            weights = np.empty(0)
+        if weights.ndim != 5:
+            raise ValueError(
+                f"{self.label}: `level_weights` must be [layer][head][level], the same for all steps and seeds"
+            )
+        return steps, weights.mean(axis=0)
+
+    def pretraining_seconds(self) -> float | None:
+        """Mean seconds of pretraining over the seeds that finished; 0 without any, `None` if there are none."""
+        seconds = [(record["pretraining"] or {}).get("seconds", 0.0) for record in self.finished.values()]
+        return sum(seconds) / len(seconds) if seconds else None
+
+
+@dataclass(frozen=True)
+class Section:
+    """The arms of one task under one protocol."""
+
+    task: str
+    protocol: str
+    arms: Sequence[Arm]
+
+    @property
+    def title(self) -> str:
+        """Task and protocol, for people."""
+        return f"{TASK_TITLES[self.task]}, protocol {self.protocol}"
+
+    @property
+    def slug(self) -> str:
+        """[`title`] for a file name."""
+        return f"{self.task}_{self.protocol}"
+
+    @property
+    def records(self) -> list[dict]:
+        """Records of all arms."""
+        return [record for arm in self.arms for record in (*arm.search, *arm.final.values())]
+
+    def arm(self, name: str, positions: str | None) -> Arm:
+        """The arm of this name and positions; one without runs if there is none."""
+        return next((arm for arm in self.arms if (arm.name, arm.positions) == (name, positions)), Arm(name, positions))
+
+    def distinct(self, key: str) -> list:
+        """The different values of a key in the records that have one, the most frequent first."""
+        counts = Counter(record[key] for record in self.records if record[key] is not None)
+        return [value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))]
+
+
+_ORDER = ("flat", "flat variant", "hkt", "hkt ablation", "pretrained", "peer")
+
+
+def sections(records: Sequence[dict]) -> list[Section]:
+    """Put records together: tasks and protocols in a fixed order, in each the flat arms first and the peers last."""
+    found: dict[tuple[str, str], dict[tuple[str, str | None], Arm]] = {}
+    for record in sorted(records, key=lambda record: (record["seed"], repr(_run(record)))):
+        arms = found.setdefault((record["task"], record["protocol"]), {})
+        key = record["arm"], record["position_embedding_type"]
+        arm = arms.setdefault(key, Arm(*key))
+        if record["stage"] == "search":
+            arm.search.append(record)
+        else:
+            arm.final[record["seed"]] = record
+    return [
+        Section(task, protocol, sorted(found[task, protocol].values(), key=_arm_order))
+        for task in TASK_TITLES
+        for protocol in PROTOCOLS
+        if (task, protocol) in found
+    ]
+
+
+def _arm_order(arm: Arm) -> tuple:
+    natural = [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", arm.name)]
+    return _ORDER.index(arm.kind), natural, str(arm.positions)
