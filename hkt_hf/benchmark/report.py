@@ -2,13 +2,12 @@
 
 import itertools
 import math
-import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import write_text
+from ..files import replacing, write_text
 from ..tables import format_duration, format_size, table
 from .measurement import paired_ratios
 
@@ -336,14 +335,11 @@ def plot(group: Group, path: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(group.title)
     figure.legend(loc="outside right center", frameon=False)
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
     try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
 
 
 def write_report(result: dict[str, object], output: str | Path) -> list[Path]:
