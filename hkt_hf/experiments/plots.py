@@ -12,6 +12,7 @@ from .records import POSITION_TITLES, Arm, Section
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 
 _MARKERS = {"absolute": "o", "rope": "^", None: "s"}
@@ -87,7 +88,7 @@ def curves(section: Section, arms: Sequence[Arm]):
             means = [np.mean([of_seed[step] for of_seed in by_seed]) for step in steps]
             axes.plot(steps, means, linewidth=2.2, marker=".", label=f"{arm.name}, {len(by_seed)} seeds", **style)
         axes.set(xlabel="step", title=f"{POSITION_TITLES[kind]} positions" if kind else "")
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("validation accuracy, %")
@@ -96,9 +97,14 @@ def curves(section: Section, arms: Sequence[Arm]):
 
 
 def level_weights(section: Section, arm: Arm):
-    """Level weights over training, averaged over the seeds: a panel a layer (rows) and head (columns), a line a level."""
+    """Level weights over training: a panel a layer (rows) and head (columns), a line a level.
+
+    Lines are means over the seeds, bands reach from the smallest to the largest seed: heads of different seeds have
+    nothing in common but their number, so a mean may hide what each of them learned.
+    """
     steps, weights = arm.level_weights
-    _, layers, heads, levels = weights.shape
+    seeds, _, layers, heads, levels = weights.shape
+    mean, low, high = weights.mean(axis=0), weights.min(axis=0), weights.max(axis=0)
     figure, panels = plt.subplots(
         layers,
         heads,
@@ -115,20 +121,23 @@ def level_weights(section: Section, arm: Arm):
             axes = panels[layer, head]
             axes.axhline(1 / levels, color="black", linewidth=0.8, linestyle=":")
             for level in range(levels):
-                axes.plot(steps, weights[:, layer, head, level], color=colors[level], linewidth=1.6, marker=marker)
+                at = (slice(None), layer, head, level)
+                axes.fill_between(steps, low[at], high[at], color=colors[level], alpha=0.15, linewidth=0)
+                axes.plot(steps, mean[at], color=colors[level], linewidth=1.6, marker=marker)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.xaxis.set_major_locator(plt.MaxNLocator(2, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(2, integer=True))
             axes.tick_params(labelsize=8)
             if layer == 0:
                 axes.set_title(f"head {head}", fontsize=9)
         panels[layer, 0].set_ylabel(f"layer {layer}", fontsize=9)
-    figure.supxlabel("step", fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel("step", fontsize=8)
     handles = [Line2D([], [], color=color, label=f"level {level}") for level, color in enumerate(colors)]
     handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="uniform"))
     figure.legend(handles=handles, loc="outside lower center", ncols=levels + 1, frameon=False, fontsize=9)
-    seeds = f"{len(arm.finished)} seed{'s' if len(arm.finished) > 1 else ''}"
-    figure.suptitle(f"Level weights of {arm.label}, mean of {seeds}; {section.title}", fontsize=10)
+    of_seeds = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
+    figure.suptitle(f"Level weights of {arm.label}, {of_seeds}; {section.title}", fontsize=10)
     return figure
 
 
@@ -151,14 +160,18 @@ def cost(section: Section):
         label = f"ablations of hkt ({POSITION_TITLES[arm.positions]})" if ablation else arm.label
         labels[label] = Line2D([], [], label=label, **style)
         sd = np.std(accuracies, ddof=1) if len(accuracies) > 1 else None
-        for axes, x in zip(panels, (arm.mean("flops"), arm.mean("seconds") + arm.pretraining_seconds()), strict=True):
+        flops, seconds = arm.mean("flops"), arm.mean("seconds") + arm.pretraining_seconds()
+        for axes, x in zip(panels, (None if flops is None else flops / 1e6, seconds), strict=True):
             if x is not None:
                 axes.errorbar(x, np.mean(accuracies), yerr=sd, elinewidth=0.9, **style)
     for axes, label in zip(
-        panels, ("forward FLOPs of one sequence", "seconds of training, with pretraining"), strict=True
+        panels, ("forward MFLOPs of one sequence", "seconds of training, with pretraining"), strict=True
     ):
         axes.set(xscale="log", xlabel=label)
-        axes.grid(alpha=0.3, which="both")
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("test accuracy, %")
     figure.suptitle(section.title)

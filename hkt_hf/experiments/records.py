@@ -156,9 +156,14 @@ def check_record(record: object, path: str | Path) -> None:
             refuse(key, "greater than 0 for a finished run")
 
 
+def setting_of(record: dict) -> tuple[float | None, ...]:
+    """The values of a record's setting, in the order of `SETTING_KEYS`."""
+    return tuple(record["setting"][key] for key in SETTING_KEYS)
+
+
 def _run(record: dict) -> tuple:
     """What tells a run from the others. A final run is known by its seed: its setting has been chosen."""
-    setting = tuple(record["setting"][key] for key in SETTING_KEYS) if record["stage"] == "search" else ()
+    setting = setting_of(record) if record["stage"] == "search" else ()
     keys = ("task", "protocol", "arm", "position_embedding_type", "stage", "seed")
     return (*(record[key] for key in keys), setting)
 
@@ -216,7 +221,7 @@ class Arm:
         """Setting to the records of the search that tried it, in the order of settings (`None` first)."""
         tried: dict[tuple, list[dict]] = {}
         for record in self.search:
-            tried.setdefault(tuple(record["setting"][key] for key in SETTING_KEYS), []).append(record)
+            tried.setdefault(setting_of(record), []).append(record)
         return dict(sorted(tried.items(), key=lambda item: [-1.0 if v is None else v for v in item[0]]))
 
     def best_setting(self) -> tuple[tuple, float] | None:
@@ -233,20 +238,21 @@ class Arm:
 
     @cached_property
     def level_weights(self) -> tuple[list[int], np.ndarray] | None:
-        """Level weights over training, averaged over the seeds.
+        """Level weights over training.
 
         Returns:
             `tuple[list[int], np.ndarray]` or `None`: the steps that all finished seeds have, and `float64` weights of
-            shape `(steps, layers, heads, levels)`; `None` if no seed, or not every one, has any.
+            shape `(seeds, steps, layers, heads, levels)`; `None` if no seed, or not every one, has any, and if training
+            leaves them as they were, e.g. of a single level.
 
         Raises:
-            ValueError: seeds with weights of different shapes.
+            ValueError: steps or seeds with weights of different shapes.
         """
         by_seed = [
             {
                 entry["step"]: entry["level_weights"]
                 for entry in record["curve"]["validation"]
-                if "level_weights" in entry
+                if entry.get("level_weights") is not None
             }
             for record in self.finished.values()
         ]
@@ -255,13 +261,14 @@ class Arm:
             return None
         try:
             weights = np.array([[of_seed[step] for step in steps] for of_seed in by_seed], dtype=float)
-        except ValueError:
+        except ValueError:  # ragged
             weights = np.empty(0)
         if weights.ndim != 5:
             raise ValueError(
-                f"{self.label}: `level_weights` must be [layer][head][level], the same for all steps and seeds"
+                f"{self.label}: `level_weights` must be [layer][head][level], of one shape in all steps and seeds"
             )
-        return steps, weights.mean(axis=0)
+        is_fixed = weights.shape[-1] == 1 or (len(steps) > 1 and np.ptp(weights, axis=1).max() < 1e-6)
+        return None if is_fixed else (steps, weights)
 
     def pretraining_seconds(self) -> float | None:
         """Mean seconds of pretraining over the seeds that finished; 0 without any, `None` if there are none."""

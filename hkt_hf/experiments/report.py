@@ -7,7 +7,17 @@ from pathlib import Path
 from ..files import replacing, write_text
 from ..tables import escape, format_size, table
 from .comparisons import PAPER, PAPER_RESULTS, Comparison, comparisons, strongest_flat
-from .records import POSITION_TITLES, SETTING_KEYS, STAGES, TASK_TITLES, Arm, Section, read_records, sections
+from .records import (
+    POSITION_TITLES,
+    SETTING_KEYS,
+    STAGES,
+    TASK_TITLES,
+    Arm,
+    Section,
+    read_records,
+    sections,
+    setting_of,
+)
 
 
 REPORT_FILE = "report.md"
@@ -255,7 +265,7 @@ def _cost_table(section: Section) -> list[str]:
                 f"{tokens / seconds:,.0f}",
                 f"{seconds / 60:.1f}" + (f" + {pretraining / 60:.1f}" if pretraining else ""),
                 format_size(max(memory)) if memory else "",
-                each(arm, lambda record: _setting(tuple(record["setting"][key] for key in SETTING_KEYS))),
+                each(arm, lambda record: _setting(setting_of(record))),
             ]
         )
     header = [
@@ -310,9 +320,9 @@ def _gain_table(section: Section) -> list[str]:
                 "-" if needed is None else str(needed) if needed <= 1000 else "> 1,000",
             ]
         )
-        remarks += _unpaired(comparison)
         if len(comparison.seeds) > 1 and comparison.t_interval is None:
             remarks.append(f"- {comparison.label}: all differences are equal, so nothing tells how far they scatter.")
+    remarks += _unpaired(found)
     header = [
         "comparison",
         "gain, pp",
@@ -331,16 +341,21 @@ def _gain_table(section: Section) -> list[str]:
     return [note, "", *table(header, rows), *([""] if remarks else []), *remarks]
 
 
-def _unpaired(comparison: Comparison) -> list[str]:
-    """A line an arm that lacks seeds of the comparison."""
+def _unpaired(found: Sequence[Comparison]) -> list[str]:
+    """Which seeds are in no pair because an arm lacks them: a line for each set of seeds and reason."""
     missing: dict[tuple[str, str], list[int]] = {}
-    for seed, arm in comparison.unpaired:
-        record = arm.final.get(seed)
-        why = "not run" if record is None else _STATUS_WORDS[record["status"]]
-        missing.setdefault((arm.label, why), []).append(seed)
+    for comparison in found:
+        for seed, arm in comparison.unpaired:
+            record = arm.final.get(seed)
+            why = "not run" if record is None else _STATUS_WORDS[record["status"]]
+            seeds = missing.setdefault((arm.label, why), [])
+            if seed not in seeds:
+                seeds.append(seed)
+    arms: dict[tuple[str, str], list[str]] = {}
+    for (arm, why), seeds in missing.items():
+        arms.setdefault((_seeds(sorted(seeds)), why), []).append(arm)
     return [
-        f"- {comparison.label}: {_seeds(seeds)} {'is' if len(seeds) == 1 else 'are'} missing in {arm} ({why})."
-        for (arm, why), seeds in missing.items()
+        f"- Missing, so in no pair: {seeds} of {', '.join(names)} ({why})." for (seeds, why), names in arms.items()
     ]
 
 
@@ -352,24 +367,29 @@ def _search_table(section: Section) -> list[str]:
             continue
         finished = sum(all(record["status"] == "finished" for record in records) for records in tried.values())
         best = arm.best_setting()
-        grid = [
-            f"{name} {', '.join(dict.fromkeys(_value(setting[index]) for setting in sorted(tried, key=lambda s: s[index] or 0)))}"
-            for index, name in enumerate(_SETTING_NAMES.values())
+        values = [
+            f"{name} {', '.join(map(_value, sorted(set(of_all), key=lambda value: value or 0)))}"
+            for name, of_all in zip(_SETTING_NAMES.values(), zip(*tried, strict=True), strict=True)
         ]
         rows.append(
             [
                 arm.name,
                 POSITION_TITLES[arm.positions],
                 str(len(tried)) if finished == len(tried) else f"{len(tried)} ({finished} finished)",
-                "; ".join(grid),
+                "; ".join(values),
                 "" if best is None else _setting(best[0]),
                 "" if best is None else f"{100 * best[1]:.2f}",
             ]
         )
+        others: dict[tuple, list[int]] = {}
         for seed, record in arm.final.items():
-            used = tuple(record["setting"][key] for key in SETTING_KEYS)
+            used = setting_of(record)
             if best is not None and used != best[0] and record["status"] != "not_available":
-                remarks.append(f"- {arm.label}, seed {seed}: the final run has another setting, {_setting(used)}.")
+                others.setdefault(used, []).append(seed)
+        remarks += [
+            f"- {arm.label}, {_seeds(seeds)}: the final runs have another setting, {_setting(used)}."
+            for used, seeds in others.items()
+        ]
     if not rows:
         return ["No search: the settings of the final runs were given."]
     header = ["arm", "positions", "settings tried", "values", "best setting", "validation accuracy, %"]
