@@ -187,15 +187,17 @@ def test_the_order_of_files_does_not_matter(tmp_path):
 
 
 def test_runs_are_paired_by_seed():
-    """Seed 1 is missing in flat, seed 3 failed in hkt: three pairs are left, and both are said."""
-    records = [r for r in both_arms() if (r["arm"], r["seed"]) not in (("flat", 1), ("hkt", 3))]
+    """Seed 1 is missing in flat, seed 3 failed in hkt and seed 4 in flat: two pairs are left, and all is said."""
+    records = [r for r in both_arms() if (r["arm"], r["seed"]) not in (("flat", 1), ("hkt", 3), ("flat", 4))]
     records.append(unfinished("hkt", "failed", "loss is nan", seed=3))
+    records.append(unfinished("flat", "failed", "killed", seed=4))
     text = markdown(records)
     gain, *_, pairs, _, _ = row(part(text, "### Gains"), "hkt - flat (RoPE)")
-    assert pairs == "3" and gain == f"{100 * statistics.mean(HKT[i] - FLAT[i] for i in (0, 2, 4)):+.2f}"
+    assert pairs == "2" and gain == f"{100 * statistics.mean(HKT[i] - FLAT[i] for i in (0, 2)):+.2f}"
     assert "- Missing, so in no pair: seed 1 of flat (RoPE) (not run)." in text
     assert "- Missing, so in no pair: seed 3 of hkt (RoPE) (FAIL)." in text
-    assert row(summary_table(records), "ListOps", "cpu", "hkt - flat (RoPE)")[-2] == "3"
+    assert "- Missing, so in no pair: seed 4 of flat (RoPE) (FAIL)." in text
+    assert row(summary_table(records), "ListOps", "cpu", "hkt - flat (RoPE)")[-2] == "2"
     mean, *seeds = row(part(text, "### Accuracy"), "hkt", "RoPE")
     assert mean.endswith("(4 of 5)") and seeds[3] == "FAIL"
     assert "- hkt (RoPE), seed 3: FAIL (loss is nan)" in text
