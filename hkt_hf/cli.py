@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from huggingface_hub.errors import HfHubHTTPError
 
 from .benchmark.command import add_benchmark_parser, run_benchmark
-from .experiments.command import add_reproduce_parser, run_reproduce
-from .experiments.report_command import add_report_parser, run_report
+from .experiments.command import add_report_parser, add_reproduce_parser, run_report, run_reproduce
 from .files import write_json
 
 

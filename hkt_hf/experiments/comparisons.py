@@ -120,7 +120,8 @@ def comparisons(section: Section) -> list[Comparison]:
     """The comparisons of a task and protocol, in the order of the report.
 
     HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); variants
-    of flat, and BERT, against flat; ablations against HKT; pretrained arms against the same ones from scratch, and
+    of flat, and BERT, against flat; ablations against HKT (with the short convolution, also against flat with it);
+    pretrained arms against the same ones from scratch, and
     against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing shows.
     """
     found: list[Comparison] = []
@@ -140,6 +141,8 @@ def comparisons(section: Section) -> list[Comparison]:
     for arm in section.arms:
         if arm.kind == "hkt ablation":
             compare(arm, section.arm("hkt", arm.positions))
+            if arm.name == "hkt-convolution":
+                compare(arm, section.arm("flat-convolution", arm.positions))
     for arm in section.arms:
         if arm.kind == "pretrained":
             compare(arm, section.arm(arm.name.removesuffix(PRETRAINED), arm.positions))

@@ -14,8 +14,8 @@ import numpy as np
 TASK_TITLES = {"listops": "ListOps", "cifar10": "sequential CIFAR-10", "imdb": "character IMDB"}
 PROTOCOLS = ("cpu", "paper")
 POSITION_TITLES = {"absolute": "absolute", "rope": "RoPE", None: ""}
-STAGES = ("search", "final")
-STATUSES = ("finished", "failed", "not_available")
+STAGES = ("pretraining", "search", "final")
+FINISHED, FAILED, NOT_AVAILABLE = "finished", "failed", "not_available"
 SETTING_KEYS = ("learning_rate", "hidden_dropout", "weight_decay")
 PRETRAINED = "-pretrained"
 
@@ -29,31 +29,34 @@ _TYPES = {
     "position_embedding_type": (str, _NONE),
     "stage": str,
     "seed": int,
-    "setting": dict,
+    "setting": (dict, _NONE),
     "status": str,
     "reason": (str, _NONE),
     "validation_accuracy": (*_NUMBER, _NONE),
     "test_accuracy": (*_NUMBER, _NONE),
     "config": dict,
-    "curve": dict,
     "pretraining": (dict, _NONE),
-    "seconds": (*_NUMBER, _NONE),
-    "memory": (int, _NONE),
-    "parameters": (int, _NONE),
-    "flops": (*_NUMBER, _NONE),
-    "tokens": (int, _NONE),
     "threads": (int, _NONE),
+}
+# What is measured: a run that did not finish may lack them.
+_MEASURED_TYPES = {
+    "curve": dict,
+    "seconds": _NUMBER,
+    "memory": (int, _NONE),
+    "parameters": int,
+    "tokens": int,
     "versions": dict,
     "machine": (str, _NONE),
     "commit": (str, _NONE),
-    "num_test": (int, _NONE),
 }
+# Of a classifier.
+_CLASSIFIER_TYPES = {"flops": (*_NUMBER, _NONE), "num_test": int}
 _CHOICES = {
     "task": tuple(TASK_TITLES),
     "protocol": PROTOCOLS,
     "position_embedding_type": tuple(POSITION_TITLES),
     "stage": STAGES,
-    "status": STATUSES,
+    "status": (FINISHED, FAILED, NOT_AVAILABLE),
 }
 
 
@@ -102,13 +105,17 @@ def read_records(folder: str | Path) -> list[dict]:
 def check_record(record: object, path: str | Path) -> None:
     """Check that what a file holds is the record of a run.
 
-    Keys: `task`, `protocol`, `arm`, `num_levels`, `position_embedding_type` (`None` for models of other kinds), `stage`
-    (`"search"`: chooses the setting; `"final"`), `seed`, `setting` (learning_rate, hidden_dropout, weight_decay),
-    `status` with `reason`, `validation_accuracy`, `test_accuracy` (finished final runs alone), `config`, `curve`
-    (`train`: step, loss; `validation`: step, loss, accuracy, seconds, and for HKT level_weights as
-    `[layer][head][level]`), `pretraining` (steps, seconds, masked_accuracy), `seconds` of training, `memory` (peak
-    bytes), `parameters`, `flops` (forward, one sequence of the longest length), `tokens` (trained on, without padding),
-    `threads`, `versions`, `machine`, `commit` and `num_test`. Other keys are let pass.
+    Keys of all: `task`, `protocol`, `arm`, `num_levels`, `position_embedding_type` (`None` for models of other kinds),
+    `stage` (`"pretraining"`; `"search"`: chooses the setting; `"final"`), `seed`, `setting` (learning_rate,
+    hidden_dropout, weight_decay; `None` for pretraining), `status` with `reason`, `validation_accuracy`, `test_accuracy`
+    (of finished final runs alone), `config`, `pretraining` (steps, seconds and masked_accuracy of what the run began
+    from) and `threads`.
+
+    Keys of those that finished: `curve` (`train`: step, loss; `validation`: step, loss, accuracy, seconds, and for HKT
+    level_weights as `[layer][head][level]`), `seconds` of the run, `memory` (peak bytes), `parameters`, `tokens`
+    (trained on, without padding), `versions`, `machine`, `commit`; but for pretraining also `flops` (forward, one
+    sequence of the longest length) and `num_test`. Used where they are: `step_seconds` (those of training steps alone)
+    and `validation_loss`. Others are let pass.
 
     Args:
         record (`object`): what the file holds.
@@ -119,44 +126,56 @@ def check_record(record: object, path: str | Path) -> None:
     """
     if not isinstance(record, dict):
         raise ValueError(f"{path} is no record of `hkt reproduce`: it holds {type(record).__name__}, not an object")
-    missing = [key for key in _TYPES if key not in record]
-    if missing:
-        raise ValueError(f"{path} is no record of `hkt reproduce`: it lacks {_names(missing)}")
+    _check_types(record, path, _TYPES)
 
     def refuse(key: str, wanted: str) -> None:
         raise ValueError(f"{path}: `{key}` must be {wanted}, got {str(record[key])[:80]!r}")
 
-    for key, types in _TYPES.items():
-        if not isinstance(record[key], types) or isinstance(record[key], bool):
-            types = types if isinstance(types, tuple) else (types,)
-            refuse(key, " or ".join("null" if kind is _NONE else kind.__name__ for kind in types))
     for key, choices in _CHOICES.items():
         if record[key] not in choices:
             refuse(key, f"one of {', '.join(map(str, choices))}")
-    if set(record["setting"]) != set(SETTING_KEYS) or not all(
-        isinstance(value, (*_NUMBER, _NONE)) for value in record["setting"].values()
-    ):
-        refuse("setting", f"numbers or null for {_names(SETTING_KEYS)}")
-    if not all(isinstance(record["curve"].get(part), list) for part in ("train", "validation")):
-        refuse("curve", "an object with the lists `train` and `validation`")
-    finished = record["status"] == "finished"
-    if not finished and not record["reason"]:
+    stage, is_finished = record["stage"], record["status"] == FINISHED
+    if is_finished:
+        _check_types(record, path, _MEASURED_TYPES | ({} if stage == "pretraining" else _CLASSIFIER_TYPES))
+        if not all(isinstance(record["curve"].get(part), list) for part in ("train", "validation")):
+            refuse("curve", "an object with the lists `train` and `validation`")
+    elif not record["reason"]:
         refuse("reason", f"a text for a run that is {record['status']}")
-    for key, wanted in (
-        ("validation_accuracy", finished),
-        ("test_accuracy", finished and record["stage"] == "final"),
+    setting = record["setting"]
+    if stage == "pretraining":
+        if setting is not None:
+            refuse("setting", "null for pretraining")
+    elif (
+        setting is None
+        or set(setting) != set(SETTING_KEYS)
+        or not all(isinstance(value, _NUMBER) for value in setting.values())
     ):
-        value = record[key]
-        if wanted and (value is None or not 0 <= value <= 1):
-            refuse(key, f"between 0 and 1 for a finished {record['stage']} run")
-    if record["test_accuracy"] is not None and not (finished and record["stage"] == "final"):
+        refuse("setting", f"numbers for {_names(SETTING_KEYS)}")
+    for key, wanted in (
+        ("validation_accuracy", is_finished and stage != "pretraining"),
+        ("test_accuracy", is_finished and stage == "final"),
+    ):
+        if wanted and (record[key] is None or not 0 <= record[key] <= 1):
+            refuse(key, f"between 0 and 1 for a finished {stage} run")
+    if record["test_accuracy"] is not None and not (is_finished and stage == "final"):
         refuse("test_accuracy", "null but for a finished final run: the test split is read once, at the end")
     for key in ("seconds", "tokens", "parameters", "num_test"):
-        if finished and not (record[key] or 0) > 0:
+        if is_finished and key in record and not record[key] > 0:
             refuse(key, "greater than 0 for a finished run")
 
 
-def setting_of(record: dict) -> tuple[float | None, ...]:
+def _check_types(record: dict, path: str | Path, wanted: dict) -> None:
+    missing = [key for key in wanted if key not in record]
+    if missing:
+        raise ValueError(f"{path} is no record of `hkt reproduce`: it lacks {_names(missing)}")
+    for key, types in wanted.items():
+        if not isinstance(record[key], types) or isinstance(record[key], bool):
+            types = types if isinstance(types, tuple) else (types,)
+            names = " or ".join("null" if kind is _NONE else kind.__name__ for kind in types)
+            raise ValueError(f"{path}: `{key}` must be {names}, got {str(record[key])[:80]!r}")
+
+
+def setting_of(record: dict) -> tuple[float, ...]:
     """The values of a record's setting, in the order of `SETTING_KEYS`."""
     return tuple(record["setting"][key] for key in SETTING_KEYS)
 
@@ -181,12 +200,14 @@ class Arm:
         positions (`str`, *optional*): `"absolute"` or `"rope"`; `None` for models of other kinds.
         final (`dict[int, dict]`): seed to record, in the order of seeds.
         search (`list[dict]`): records of the search.
+        pretraining (`list[dict]`): records of masked-LM pretraining that runs of this arm began from.
     """
 
     name: str
     positions: str | None
     final: dict[int, dict] = field(default_factory=dict)
     search: list[dict] = field(default_factory=list)
+    pretraining: list[dict] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -201,7 +222,7 @@ class Arm:
     @cached_property
     def finished(self) -> dict[int, dict]:
         """Seed to record of the final runs that finished."""
-        return {seed: record for seed, record in self.final.items() if record["status"] == "finished"}
+        return {seed: record for seed, record in self.final.items() if record["status"] == FINISHED}
 
     @property
     def kind(self) -> str:
@@ -217,24 +238,39 @@ class Arm:
         values = [record[key] for record in self.finished.values()]
         return None if not values or None in values else sum(values) / len(values)
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens without padding a second of training, over all seeds that finished (at least one).
+
+        Seconds of training steps alone, where they were recorded; else those of the runs with their evaluations.
+        """
+        records = self.finished.values()
+        seconds = sum(record.get("step_seconds") or record["seconds"] for record in records)
+        return sum(record["tokens"] for record in records) / seconds
+
     def settings(self) -> dict[tuple, list[dict]]:
-        """Setting to the records of the search that tried it, in the order of settings (`None` first)."""
+        """Setting to the records of the search that tried it, in the order of settings."""
         tried: dict[tuple, list[dict]] = {}
         for record in self.search:
             tried.setdefault(setting_of(record), []).append(record)
-        return dict(sorted(tried.items(), key=lambda item: [-1.0 if v is None else v for v in item[0]]))
+        return dict(sorted(tried.items()))
 
     def best_setting(self) -> tuple[tuple, float] | None:
         """The setting of the search with the highest validation accuracy (its mean where several seeds tried it).
 
-        Only settings of which all runs finished count; of equal ones the first in the order of [`settings`] is taken.
+        Only settings of which all runs finished count. Of equal ones that of the smaller validation loss is taken, then
+        the first in the order of [`settings`].
         """
-        means = {
-            setting: sum(record["validation_accuracy"] for record in records) / len(records)
-            for setting, records in self.settings().items()
-            if all(record["status"] == "finished" for record in records)
-        }
-        return max(means.items(), key=lambda item: item[1]) if means else None
+        means = {}
+        for setting, records in self.settings().items():
+            if all(record["status"] == FINISHED for record in records):
+                losses = [record.get("validation_loss") or 0.0 for record in records]
+                accuracy = sum(record["validation_accuracy"] for record in records) / len(records)
+                means[setting] = accuracy, -sum(losses) / len(losses)
+        if not means:
+            return None
+        best = max(means, key=means.get)
+        return best, means[best][0]
 
     @cached_property
     def level_weights(self) -> tuple[list[int], np.ndarray] | None:
@@ -272,8 +308,13 @@ class Arm:
 
     def pretraining_seconds(self) -> float | None:
         """Mean seconds of pretraining over the seeds that finished; 0 without any, `None` if there are none."""
-        seconds = [(record["pretraining"] or {}).get("seconds", 0.0) for record in self.finished.values()]
+        seconds = [(record["pretraining"] or {}).get("seconds") or 0.0 for record in self.finished.values()]
         return sum(seconds) / len(seconds) if seconds else None
+
+    @property
+    def records(self) -> list[dict]:
+        """Records of all stages."""
+        return [*self.pretraining, *self.search, *self.final.values()]
 
 
 @dataclass(frozen=True)
@@ -297,7 +338,7 @@ class Section:
     @property
     def records(self) -> list[dict]:
         """Records of all arms."""
-        return [record for arm in self.arms for record in (*arm.search, *arm.final.values())]
+        return [record for arm in self.arms for record in arm.records]
 
     def arm(self, name: str, positions: str | None) -> Arm:
         """The arm of this name and positions; one without runs if there is none."""
@@ -305,7 +346,7 @@ class Section:
 
     def distinct(self, key: str) -> list:
         """The different values of a key in the records that have one, the most frequent first."""
-        counts = Counter(record[key] for record in self.records if record[key] is not None)
+        counts = Counter(record[key] for record in self.records if record.get(key) is not None)
         return [value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))]
 
 
@@ -319,10 +360,10 @@ def sections(records: Sequence[dict]) -> list[Section]:
         arms = found.setdefault((record["task"], record["protocol"]), {})
         key = record["arm"], record["position_embedding_type"]
         arm = arms.setdefault(key, Arm(*key))
-        if record["stage"] == "search":
-            arm.search.append(record)
-        else:
+        if record["stage"] == "final":
             arm.final[record["seed"]] = record
+        else:
+            (arm.search if record["stage"] == "search" else arm.pretraining).append(record)
     return [
         Section(task, protocol, sorted(found[task, protocol].values(), key=_arm_order))
         for task in TASK_TITLES

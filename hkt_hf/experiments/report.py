@@ -8,6 +8,9 @@ from ..files import replacing, write_text
 from ..tables import escape, format_size, table
 from .comparisons import PAPER, PAPER_RESULTS, Comparison, comparisons, strongest_flat
 from .records import (
+    FAILED,
+    FINISHED,
+    NOT_AVAILABLE,
     POSITION_TITLES,
     SETTING_KEYS,
     STAGES,
@@ -22,7 +25,7 @@ from .records import (
 
 REPORT_FILE = "report.md"
 
-_STATUS_WORDS = {"failed": "FAIL", "not_available": "NA"}
+_STATUS_WORDS = {FAILED: "FAIL", NOT_AVAILABLE: "NA"}
 _SETTING_NAMES = dict(zip(SETTING_KEYS, ("lr", "dropout", "decay"), strict=True))
 
 _HOW_TO_READ = """\
@@ -173,7 +176,12 @@ def _provenance(section: Section) -> list[str]:
     machines = "; ".join(escape(machine) for machine in section.distinct("machine")) or "not recorded"
     threads = ", ".join(str(count) for count in section.distinct("threads")) or "not recorded"
     versions = sorted(
-        {f"{name} {value}" for record in section.records for name, value in record["versions"].items() if value}
+        {
+            f"{name} {value}"
+            for record in section.records
+            for name, value in record.get("versions", {}).items()
+            if value
+        }
     )
     commits = ", ".join(f"`{commit[:12]}`" for commit in section.distinct("commit")) or "not recorded"
     lines.append(f"- Machine: {machines}; threads a run: {threads}; {escape(', '.join(versions), 400)}.")
@@ -193,7 +201,7 @@ def _accuracy_table(section: Section) -> list[str]:
             record = arm.final.get(seed)
             if record is None:
                 cells.append("")
-            elif record["status"] == "finished":
+            elif record["status"] == FINISHED:
                 cells.append(f"{100 * record['test_accuracy']:.2f}")
             else:
                 cells.append(_STATUS_WORDS[record["status"]])
@@ -221,7 +229,7 @@ def _reasons(arm: Arm) -> list[str]:
         dict.fromkeys(
             f"{_STATUS_WORDS[record['status']]} ({escape(record['reason'])})"
             for record in arm.final.values()
-            if record["status"] != "finished"
+            if record["status"] != FINISHED
         )
     )
 
@@ -235,7 +243,7 @@ def _failures(arm: Arm) -> list[str]:
         seeds = [
             seed
             for seed, record in arm.final.items()
-            if record["status"] != "finished"
+            if record["status"] != FINISHED
             and reason == f"{_STATUS_WORDS[record['status']]} ({escape(record['reason'])})"
         ]
         lines.append(f"- {arm.label}, {_seeds(seeds)}: {reason}")
@@ -252,8 +260,7 @@ def _cost_table(section: Section) -> list[str]:
 
     rows = []
     for arm in arms:
-        seconds, tokens = arm.mean("seconds"), arm.mean("tokens")
-        pretraining = arm.pretraining_seconds()
+        seconds, pretraining = arm.mean("seconds"), arm.pretraining_seconds()
         memory = [record["memory"] for record in arm.finished.values() if record["memory"] is not None]
         rows.append(
             [
@@ -262,7 +269,7 @@ def _cost_table(section: Section) -> list[str]:
                 each(arm, lambda record: "" if record["num_levels"] is None else str(record["num_levels"])),
                 each(arm, lambda record: f"{record['parameters']:,}"),
                 each(arm, lambda record: "" if record["flops"] is None else f"{record['flops'] / 1e6:,.1f}"),
-                f"{tokens / seconds:,.0f}",
+                f"{arm.tokens_per_second:,.0f}",
                 f"{seconds / 60:.1f}" + (f" + {pretraining / 60:.1f}" if pretraining else ""),
                 format_size(max(memory)) if memory else "",
                 each(arm, lambda record: _setting(setting_of(record))),
@@ -280,9 +287,9 @@ def _cost_table(section: Section) -> list[str]:
         "setting",
     ]
     return [
-        "Forward FLOPs are of one sequence of the longest length. Tokens (without padding) a second and minutes are of "
-        "training, the mean of the seeds, with what ran beside it; after `+`, minutes of pretraining. The memory is the "
-        "largest of the seeds.",
+        "Forward FLOPs are of one sequence of the longest length. Tokens (without padding) a second are of training "
+        "steps; minutes are of a run with its evaluations, the mean of the seeds, and after `+` of pretraining. What ran "
+        "beside a run slows both. The memory is the largest of the seeds.",
         "",
         *table(header, rows),
     ]
@@ -365,10 +372,10 @@ def _search_table(section: Section) -> list[str]:
         tried = arm.settings()
         if not tried:
             continue
-        finished = sum(all(record["status"] == "finished" for record in records) for records in tried.values())
+        finished = sum(all(record["status"] == FINISHED for record in records) for records in tried.values())
         best = arm.best_setting()
         values = [
-            f"{name} {', '.join(map(_value, sorted(set(of_all), key=lambda value: value or 0)))}"
+            f"{name} {', '.join(f'{value:g}' for value in sorted(set(of_all)))}"
             for name, of_all in zip(_SETTING_NAMES.values(), zip(*tried, strict=True), strict=True)
         ]
         rows.append(
@@ -384,7 +391,7 @@ def _search_table(section: Section) -> list[str]:
         others: dict[tuple, list[int]] = {}
         for seed, record in arm.final.items():
             used = setting_of(record)
-            if best is not None and used != best[0] and record["status"] != "not_available":
+            if best is not None and used != best[0] and record["status"] != NOT_AVAILABLE:
                 others.setdefault(used, []).append(seed)
         remarks += [
             f"- {arm.label}, {_seeds(seeds)}: the final runs have another setting, {_setting(used)}."
@@ -415,25 +422,30 @@ def _level_weights_file(section: Section, arm: Arm) -> str:
 def _hours_table(parts: Sequence[Section]) -> list[str]:
     rows, totals = [], [0.0, 0.0, 0.0]
     for section in parts:
-        seconds = [
-            sum(record["seconds"] or 0 for record in section.records if record["stage"] == stage) for stage in STAGES
-        ]
-        # One pretraining serves several runs: it is in the records of all of them.
-        pretraining = {
-            (record["arm"], record["position_embedding_type"], record["seed"], record["pretraining"]["seconds"])
-            for record in section.records
-            if record["pretraining"]
-        }
-        seconds.insert(0, sum(key[-1] or 0 for key in pretraining))
+        seconds = [_stage_seconds(section, stage) for stage in STAGES]
         rows.append([TASK_TITLES[section.task], section.protocol, *_hours(seconds), str(len(section.records))])
         totals = [total + value for total, value in zip(totals, seconds, strict=True)]
     runs = sum(len(section.records) for section in parts)
     rows.append(["all", "", *_hours(totals), str(runs)])
     return [
-        "Hours of training, summed over the runs (side by side or not); evaluation of the test split is not in them.",
+        "Hours of the runs that finished, summed whether they ran side by side or not; evaluation of the test split is "
+        "not in them.",
         "",
-        *table(["task", "protocol", "pretraining", *STAGES, "sum", "runs"], rows),
+        *table(["task", "protocol", *STAGES, "sum", "runs"], rows),
     ]
+
+
+def _stage_seconds(section: Section, stage: str) -> float:
+    if stage != "pretraining":
+        return sum(record.get("seconds") or 0 for record in section.records if record["stage"] == stage)
+    # One pretraining serves several runs, which all state its seconds; it may have a record of its own.
+    by_seed = {}
+    for arm in section.arms:
+        for record in arm.records:
+            measured = record if record["stage"] == stage else record["pretraining"]
+            if measured and measured.get("seconds"):
+                by_seed[arm.label, record["seed"]] = measured["seconds"]
+    return sum(by_seed.values())
 
 
 def _hours(seconds: Sequence[float]) -> list[str]:
@@ -459,11 +471,7 @@ def _paper_gain(comparison: Comparison) -> str:
 
 
 def _setting(setting: tuple) -> str:
-    return ", ".join(f"{name} {_value(value)}" for name, value in zip(_SETTING_NAMES.values(), setting, strict=True))
-
-
-def _value(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}"
+    return ", ".join(f"{name} {value:g}" for name, value in zip(_SETTING_NAMES.values(), setting, strict=True))
 
 
 def _seeds(seeds: Sequence[int]) -> str:

@@ -13,8 +13,11 @@ from scipy import stats
 
 from hkt_hf.cli import main
 from hkt_hf.experiments.comparisons import PAPER_RESULTS, comparisons, strongest_flat
+from hkt_hf.experiments.protocol import load_protocol
 from hkt_hf.experiments.records import read_records, sections
 from hkt_hf.experiments.report import markdown, summary_table, write_report
+from hkt_hf.experiments.reproduce import Sweep
+from hkt_hf.experiments.run import execute
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,10 +79,29 @@ def search(arm, validation_accuracy, **setting):
     )
 
 
+def pretraining(arm, seconds):
+    values = record(arm, None, stage="pretraining", setting=None, validation_accuracy=None, seconds=seconds)
+    del values["flops"], values["num_test"]
+    return values
+
+
 def unfinished(arm, status, reason, **changes):
-    values = dict.fromkeys(("validation_accuracy", "seconds", "memory", "parameters", "flops", "tokens"))
-    curve = {"train": [], "validation": []}
-    return record(arm, None, status=status, reason=reason, curve=curve, **{**values, **changes})
+    """A final run that broke off: nothing was measured."""
+    values = record(arm, None, status=status, reason=reason, **changes)
+    for key in (
+        "curve",
+        "seconds",
+        "memory",
+        "parameters",
+        "flops",
+        "tokens",
+        "versions",
+        "machine",
+        "commit",
+        "num_test",
+    ):
+        del values[key]
+    return values
 
 
 def both_arms(**changes):
@@ -302,8 +324,9 @@ def test_the_search_and_the_hours():
         search("hkt", 0.51, hidden_dropout=0.0),
         search("hkt", 0.60, weight_decay=0.1) | {"status": "failed", "reason": "nan", "validation_accuracy": None},
         record("hkt-pretrained", 0.6, 0, pretraining={"steps": 9, "seconds": 1800.0, "masked_accuracy": 0.3}),
-        # The setting was searched on the same pretraining: its hours count once.
+        # The setting was searched on the same pretraining, which has a record of its own: its hours count once.
         search("hkt-pretrained", 0.6) | {"seed": 0, "pretraining": {"steps": 9, "seconds": 1800.0}},
+        pretraining("hkt-pretrained", 1800.0),
     ]
     text = markdown(records)
     found = part(text, "### Search")
@@ -316,9 +339,52 @@ def test_the_search_and_the_hours():
     assert "hkt (RoPE), seeds 0, 1, 2, 3, 4: the final runs have another setting, lr 0.001, dropout 0.1" in found
     assert "hkt-pretrained (RoPE), seed" not in found
     hours = part(text, "## Hours")  # pretraining, search, final, sum
-    assert row(hours, "ListOps", "cpu") == ["0.50", f"{5 * 300 / 3600:.2f}", f"{11 / 6:.2f}", "2.75", "16"]
-    assert row(hours, "all", "")[-2:] == ["2.75", "16"]
+    assert row(hours, "ListOps", "cpu") == ["0.50", f"{5 * 300 / 3600:.2f}", f"{11 / 6:.2f}", "2.75", "17"]
+    assert row(hours, "all", "")[-2:] == ["2.75", "17"]
     assert row(part(text, "### Cost"), "hkt-pretrained", "RoPE")[4] == "10.0 + 30.0"
+
+
+def test_of_equal_settings_the_one_of_less_loss_is_best():
+    """As `hkt reproduce` chooses it."""
+    records = [
+        search("hkt", 0.5, learning_rate=rate) | {"validation_loss": loss}
+        for rate, loss in ((0.001, 1.3), (0.003, 1.1), (0.01, 1.2))
+    ]
+    (arm,) = sections(records)[0].arms
+    assert arm.best_setting() == ((0.003, 0.1, 0.01), 0.5)
+
+
+def test_tokens_a_second_are_of_training_steps():
+    text = markdown([record("hkt", 0.5, step_seconds=300.0), record("flat", 0.5)])
+    assert row(part(text, "### Cost"), "hkt", "RoPE")[3:5] == ["5,000", "10.0"]
+    assert row(part(text, "### Cost"), "flat", "RoPE")[3:5] == ["2,500", "10.0"]
+
+
+def test_what_hkt_reproduce_writes_is_reported(tmp_path):
+    """All stages, at tiny sizes."""
+    words = [
+        *("--model", '{"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}'),
+        *(
+            "--data.listops",
+            '{"min_length": 4, "max_length": 8, "num_train": 32, "num_validation": 10, "num_test": 20}',
+        ),
+        *("--tokenizer.max_length", "8", "--training.max_steps", "2", "--training.eval_steps", "1"),
+        *("--training.save_steps", "1", "--training.logging_steps", "1"),
+        *("--search.training", "{max_steps: 1}", "--pretraining.training", "{max_steps: 1}"),
+        *("--search.learning_rate", "[1e-3]", "--search.hidden_dropout", "[0.1]", "--search.weight_decay", "[0.01]"),
+    ]
+    arms = ["flat-pretrained", "hkt", "hkt-levels-2"]
+    sweep = Sweep(load_protocol("listops", "cpu", words, arms=arms, seeds=[0]), tmp_path, tmp_path / "runs", threads=1)
+    for run in sweep.runs():
+        execute(sweep.specification(run))
+    records = read_records(sweep.results)
+    assert {record["status"] for record in records} == {"finished"} and len(records) == 7
+    text = markdown(records)
+    (accuracy,) = {record["test_accuracy"] for record in records if record["arm"] == "hkt" and record["test_accuracy"]}
+    assert row(part(text, "### Accuracy"), "hkt", "absolute") == [f"{100 * accuracy:.2f}"] * 2
+    assert row(part(text, "### Gains"), "hkt-levels-2 - hkt (absolute)")[5] == "1"
+    assert row(part(text, "### Search"), "flat-pretrained", "absolute")[0] == "1"
+    assert "20 examples" in text and "listops_cpu_level_weights_hkt-absolute.png" in text
 
 
 def test_the_command_writes_report_and_plots(tmp_path, capsys):
@@ -390,7 +456,10 @@ def test_level_weights_are_of_all_seeds():
         (lambda r: r.update(stage="search"), "`test_accuracy` must be null but for a finished final run"),
         (lambda r: r.update(status="failed", test_accuracy=None), "`reason` must be a text for a run that is failed"),
         (lambda r: r.update(seconds=0), "`seconds` must be greater than 0 for a finished run, got '0'"),
-        (lambda r: r.update(setting={"learning_rate": 1}), "`setting` must be numbers or null for `learning_rate`, "),
+        (lambda r: r.update(setting={"learning_rate": 1}), "`setting` must be numbers for `learning_rate`, "),
+        (lambda r: r.update(setting=None), "`setting` must be numbers for `learning_rate`, "),
+        (lambda r: r.update(stage="pretraining", test_accuracy=None), "`setting` must be null for pretraining"),
+        (lambda r: r.pop("flops"), "0.json is no record of `hkt reproduce`: it lacks `flops`"),
         (lambda r: r.update(curve={"train": []}), "`curve` must be an object with the lists"),
     ],
 )
