@@ -1,4 +1,4 @@
-"""The command `hkt`: train, evaluate, predict, push, benchmark, reproduce."""
+"""The command `hkt`: train, evaluate, predict, push, benchmark, reproduce, report."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from huggingface_hub.errors import HfHubHTTPError
 
 from .benchmark.command import add_benchmark_parser, run_benchmark
-from .experiments.command import add_reproduce_parser, run_reproduce
+from .experiments.command import add_report_parser, add_reproduce_parser, run_report, run_reproduce
 from .files import write_json
 
 
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_benchmark_parser(commands)
     add_reproduce_parser(commands)
+    add_report_parser(commands)
     return parser
 
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     # Under `torchrun` or `accelerate launch`: one process speaks, and one does what needs no others.
     is_first = int(os.environ.get("RANK", "0")) == 0
-    if not is_first and options.command in ("predict", "push", "benchmark", "reproduce"):
+    if not is_first and options.command in ("predict", "push", "benchmark", "reproduce", "report"):
         return 0
     logging.basicConfig(
         level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s %(name)s: %(message)s"
@@ -149,6 +150,10 @@ def _reproduce(options: argparse.Namespace, rest: list[str]) -> None:
     run_reproduce(options, rest)
 
 
+def _report(options: argparse.Namespace, rest: list[str]) -> None:
+    run_report(options)
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -156,6 +161,7 @@ _COMMANDS = {
     "push": _push,
     "benchmark": _benchmark,
     "reproduce": _reproduce,
+    "report": _report,
 }
 
 

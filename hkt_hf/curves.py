@@ -1,12 +1,11 @@
 """Learning curves of a run: JSON and PNG beside the checkpoint, renewed at every evaluation."""
 
-import os
 from pathlib import Path
 
 import matplotlib
 from transformers import TrainerCallback
 
-from .files import write_json
+from .files import replacing, write_json
 
 
 matplotlib.use("Agg")
@@ -44,13 +43,11 @@ def write_curves(log_history: list[dict], folder: str | Path, metric: str) -> No
     curves = curves_from_log(log_history)
     write_json(folder / "curves.json", curves)
     figure = _plot(curves, metric)
-    temporary = folder / f".curves.{os.getpid()}.png"
     try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, folder / "curves.png")
+        with replacing(folder / "curves.png") as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
 
 
 def _plot(curves: dict[str, list[dict]], metric: str):

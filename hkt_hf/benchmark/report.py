@@ -2,13 +2,13 @@
 
 import itertools
 import math
-import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import write_text
+from ..files import replacing, write_text
+from ..tables import format_duration, format_size, table
 from .measurement import paired_ratios
 
 
@@ -176,16 +176,12 @@ def markdown(result: dict[str, object]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
 def _time_table(group: Group) -> list[str]:
     def cell(row, name: str) -> str:
         entry = row["entries"].get(name)
         if entry is None or entry["status"] != "ok":
             return "" if entry is None else entry["status"]
-        seconds = _duration(entry["seconds"]["median"])
+        seconds = format_duration(entry["seconds"]["median"])
         return seconds if entry["ratio"] is None or name == row["reference"] else f"{entry['ratio']:.2f}x, {seconds}"
 
     return _by_length(group, cell)
@@ -196,7 +192,7 @@ def _memory_table(group: Group) -> list[str]:
         entry = row["entries"].get(name)
         if entry is None or entry["status"] != "ok":
             return "" if entry is None else entry["status"]
-        size = _size(total_bytes(entry))
+        size = format_size(total_bytes(entry))
         base = row["entries"].get(row["reference"])
         if name == row["reference"] or base is None or base["status"] != "ok":
             return size
@@ -210,7 +206,7 @@ def _allocation_table(group: Group) -> list[str]:
 
     def cell(row, name: str) -> str:
         size = row["entries"].get(name, {}).get("largest_allocation_bytes")
-        return "" if size is None else _size(size)
+        return "" if size is None else format_size(size)
 
     if not any(cell(row, name) for row in group.rows for name in group.names):
         return []
@@ -222,7 +218,7 @@ def _by_length(group: Group, cell) -> list[str]:
         [f"{length:,}", *(cell(row, name) for name in group.names)]
         for length, row in zip(group.lengths, group.rows, strict=True)
     ]
-    return _table(["T", *group.names], rows)
+    return table(["T", *group.names], rows)
 
 
 def _remarks(group: Group) -> list[str]:
@@ -279,7 +275,7 @@ def _comparison_table(group: Group) -> list[str]:
     return [
         "Where HKT wins and where it loses (faster or slower: at least three quarters of the turns say so):",
         "",
-        *_table(header, rows),
+        *table(header, rows),
         "",
     ]
 
@@ -292,14 +288,6 @@ def _round(length: float) -> int:
     """Two significant digits: more would claim a precision that an interpolation does not have."""
     unit = 10 ** max(math.floor(math.log10(length)) - 1, 0)
     return round(length / unit) * unit
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 
 def plot(group: Group, path: str | Path) -> None:
@@ -335,8 +323,8 @@ def plot(group: Group, path: str | Path) -> None:
         times.fill_between(lengths, low, high, color=style["color"], alpha=0.15, linewidth=0)
         memories.plot(lengths, [total_bytes(entry) for _, entry in measured], **style)
     for axes, label, formatter, ticks in (
-        (times, "time of a step", _duration, LogLocator(10, subs=(1, 2, 5))),
-        (memories, "memory of a step", _size, LogLocator(2)),
+        (times, "time of a step", format_duration, LogLocator(10, subs=(1, 2, 5))),
+        (memories, "memory of a step", format_size, LogLocator(2)),
     ):
         axes.set(xscale="log", yscale="log", xlabel="length T", ylabel=label)
         axes.set_xticks(group.lengths, [f"{length:,}" for length in group.lengths])
@@ -347,14 +335,11 @@ def plot(group: Group, path: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(group.title)
     figure.legend(loc="outside right center", frameon=False)
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
     try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
 
 
 def write_report(result: dict[str, object], output: str | Path) -> list[Path]:

@@ -8,10 +8,10 @@ from typing import Any
 from ..config import ExperimentConfig, build_experiment, merge, parse_overrides, read_with_bases
 from ..presets import check_keys
 from .arms import check_arm
+from .records import PROTOCOLS, TASK_TITLES
 
 
-TASKS = ("listops", "cifar10", "imdb")
-PROTOCOLS = ("cpu", "paper")
+TASKS = tuple(TASK_TITLES)
 
 
 @dataclass(frozen=True)

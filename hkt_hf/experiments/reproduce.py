@@ -19,7 +19,8 @@ from ..objectives import MaskedLM
 from ..tokenization import build_tokenizer
 from .arms import model_fields, parse_arm, setting_source
 from .protocol import Protocol, Setting
-from .run import FAILED, FINISHED, RunSpecification, write_specification
+from .records import FAILED, FINISHED
+from .run import RunSpecification, write_specification
 
 
 logger = logging.getLogger(__name__)

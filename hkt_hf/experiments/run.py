@@ -20,11 +20,10 @@ from ..config import build_experiment
 from ..files import write_json
 from ..training import METRICS_FILE, build_model_and_tokenizer, train
 from .arms import arm_padding, build_arm, count_flops, parse_arm
+from .records import FAILED, FINISHED, NOT_AVAILABLE
 
 
 CURVE_KEYS = ("step", "loss", "accuracy", "masked_accuracy", "seconds", "level_weights")
-STAGES = ("pretraining", "search", "final")
-FINISHED, FAILED, NOT_AVAILABLE = "finished", "failed", "not_available"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""Which arms are compared, and what their runs say: differences of test accuracies, paired by seed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from . import statistics
+from .records import POSITION_TITLES, PRETRAINED, Arm, Section
+
+
+@dataclass(frozen=True)
+class PaperResult:
+    """Test accuracies in percent that the HKT paper states (three seeds, d = 128)."""
+
+    flat: float
+    hkt: float
+
+    @property
+    def gain(self) -> float:
+        """Percentage points of HKT above flat attention."""
+        return round(self.hkt - self.flat, 2)
+
+
+PAPER = "arXiv 2604.08829"
+PAPER_RESULTS = {
+    "listops": PaperResult(flat=50.33, hkt=55.10),
+    "cifar10": PaperResult(flat=34.01, hkt=35.45),
+    "imdb": PaperResult(flat=62.72, hkt=70.19),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against another. Values are test accuracies in percent, differences in percentage points.
+
+    Args:
+        treated, control (`Arm`): the control is subtracted.
+        task (`str`): for the paper's result.
+        remark (`str`): what to say beside the names.
+        is_main (`bool`): HKT against flat attention; these are in the short table.
+        is_papers (`bool`): the comparison that the paper made.
+    """
+
+    treated: Arm
+    control: Arm
+    task: str
+    remark: str = ""
+    is_main: bool = False
+    is_papers: bool = False
+
+    @property
+    def label(self) -> str:
+        """E.g. `hkt - flat (RoPE)`; positions once if both have the same."""
+        if self.treated.positions == self.control.positions and self.treated.positions is not None:
+            names = f"{self.treated.name} - {self.control.name} ({POSITION_TITLES[self.treated.positions]})"
+        else:
+            names = f"{self.treated.label} - {self.control.label}"
+        return f"{names}, {self.remark}" if self.remark else names
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """Seeds that finished in both arms."""
+        return sorted(self.treated.finished.keys() & self.control.finished.keys())
+
+    @property
+    def unpaired(self) -> Iterator[tuple[int, Arm]]:
+        """Seeds of either arm that the other one lacks, or that did not finish, each with the arm that lacks it."""
+        for seed in sorted(self.treated.final.keys() | self.control.final.keys()):
+            for arm in (self.treated, self.control):
+                if seed not in arm.finished:
+                    yield seed, arm
+
+    def accuracies(self, arm: Arm) -> list[float]:
+        """Test accuracies of the paired seeds in percent."""
+        return [100 * arm.finished[seed]["test_accuracy"] for seed in self.seeds]
+
+    @cached_property
+    def _pairs(self) -> tuple[list[float], list[float]]:
+        return self.accuracies(self.treated), self.accuracies(self.control)
+
+    @cached_property
+    def gain(self) -> float | None:
+        """Mean difference of the pairs; `None` without any."""
+        treated, control = self._pairs
+        return (sum(treated) - sum(control)) / len(treated) if treated else None
+
+    @cached_property
+    def t_interval(self) -> tuple[float, float] | None:
+        """95% interval of Student's t; `None` with fewer than two pairs or if all differences are equal."""
+        result = self._paired
+        return None if result is None or result["low"] is None else (result["low"], result["high"])
+
+    @property
+    def p_value(self) -> float | None:
+        """Two-sided paired t-test of no difference; `None` as for [`t_interval`]."""
+        return None if self._paired is None else self._paired["p_value"]
+
+    @cached_property
+    def _paired(self) -> dict | None:
+        return statistics.paired_difference(*self._pairs) if len(self.seeds) > 1 else None
+
+    @cached_property
+    def bootstrap_interval(self) -> tuple[float, float] | None:
+        """95% interval of the bootstrap; `None` as for [`t_interval`]."""
+        return statistics.bootstrap_interval(*self._pairs) if self.seeds else None
+
+    @property
+    def effect_size(self) -> float | None:
+        """`d_z`; `None` as for [`t_interval`]."""
+        return statistics.effect_size(*self._pairs) if self.seeds else None
+
+    @cached_property
+    def seeds_needed(self) -> int | None:
+        """Seeds to find the paper's gain with, given how the differences scatter; `None` as for [`t_interval`]."""
+        sd = statistics.difference_sd(*self._pairs) if self.seeds else None
+        return statistics.seeds_needed(PAPER_RESULTS[self.task].gain, sd) if sd else None
+
+
+def comparisons(section: Section) -> list[Comparison]:
+    """The comparisons of a task and protocol, in the order of the report.
+
+    HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); variants
+    of flat, and BERT, against flat; ablations against HKT (with the short convolution, also against flat with it);
+    pretrained arms against the same ones from scratch, and
+    against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing shows.
+    """
+    found: list[Comparison] = []
+
+    def compare(treated: Arm, control: Arm, **options) -> None:
+        if treated.final or (options.get("is_main") and control.final):
+            found.append(Comparison(treated, control, section.task, **options))
+
+    for positions in ("absolute", "rope"):
+        compare(section.arm("hkt", positions), section.arm("flat", positions), is_main=True, is_papers=True)
+    strongest = strongest_flat(section)
+    if strongest is not None:
+        compare(section.arm("hkt", "rope"), strongest, remark="the strongest flat arm", is_main=True)
+    for arm in section.arms:
+        if arm.kind == "flat variant" or arm.name == "bert":
+            compare(arm, section.arm("flat", arm.positions or "absolute"))
+    for arm in section.arms:
+        if arm.kind == "hkt ablation":
+            compare(arm, section.arm("hkt", arm.positions))
+            if arm.name == "hkt-convolution":
+                compare(arm, section.arm("flat-convolution", arm.positions))
+    for arm in section.arms:
+        if arm.kind == "pretrained":
+            compare(arm, section.arm(arm.name.removesuffix(PRETRAINED), arm.positions))
+    for arm in section.arms:
+        if arm.name == f"hkt{PRETRAINED}":
+            compare(arm, section.arm(f"flat{PRETRAINED}", arm.positions))
+    return found
+
+
+def strongest_flat(section: Section) -> Arm | None:
+    """Of flat, its variants and BERT, with any positions and not pretrained, the arm to beat.
+
+    It is chosen by the mean validation accuracy of its final runs, never by the test split. Of equal ones the first in
+    the order of the report is taken; `None` if no such arm has a finished final run.
+    """
+    candidates = [
+        arm for arm in section.arms if arm.finished and (arm.kind in ("flat", "flat variant") or arm.name == "bert")
+    ]
+    return max(candidates, key=lambda arm: arm.mean("validation_accuracy"), default=None)

@@ -1,0 +1,527 @@
+"""`hkt report`, on records of which the answer is known; and the committed results, where there are any."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from hkt_hf.cli import main
+from hkt_hf.experiments.comparisons import PAPER_RESULTS, comparisons, strongest_flat
+from hkt_hf.experiments.protocol import load_protocol
+from hkt_hf.experiments.records import read_records, sections
+from hkt_hf.experiments.report import markdown, summary_table, write_report
+from hkt_hf.experiments.reproduce import Sweep
+from hkt_hf.experiments.run import execute
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results" / "reproduce"
+BEGIN, END = "<!-- hkt report: begin -->", "<!-- hkt report: end -->"
+
+FLAT = [0.50, 0.51, 0.49, 0.505, 0.52]
+HKT = [0.54, 0.56, 0.55, 0.50, 0.58]
+SETTING = {"learning_rate": 0.001, "hidden_dropout": 0.1, "weight_decay": 0.01}
+
+
+def record(arm="hkt", test_accuracy=0.5, seed=0, **changes):
+    """A finished final run; `changes` replace its values."""
+    is_hkt = arm.startswith("hkt")
+    validation = [
+        {"step": step, "loss": 1.5, "accuracy": test_accuracy or 0.3, "seconds": 1.0}
+        | ({"level_weights": [[[0.4 + step / 1e4, 0.35, 0.25 - step / 1e4]] * 2] * 2} if is_hkt else {})
+        for step in (100, 200)
+    ]
+    return {
+        "task": "listops",
+        "protocol": "cpu",
+        "arm": arm,
+        "num_levels": 3 if is_hkt else 1,
+        "position_embedding_type": "rope",
+        "stage": "final",
+        "seed": seed,
+        "setting": SETTING,
+        "status": "finished",
+        "reason": None,
+        "validation_accuracy": test_accuracy,
+        "test_accuracy": test_accuracy,
+        "config": {},
+        "curve": {"train": [{"step": 100, "loss": 1.6}], "validation": validation},
+        "pretraining": None,
+        "seconds": 600.0,
+        "memory": 3 * 2**29,
+        "parameters": 401_234,
+        "flops": 123_400_000,
+        "tokens": 1_500_000,
+        "threads": 1,
+        "versions": {"torch": "2.13.0"},
+        "machine": "two cores",
+        "commit": "0123456789abcdef",
+        "num_test": 2000,
+        **changes,
+    }
+
+
+def search(arm, validation_accuracy, **setting):
+    return record(
+        arm,
+        None,
+        seed=100,
+        stage="search",
+        validation_accuracy=validation_accuracy,
+        setting=SETTING | setting,
+        seconds=300.0,
+    )
+
+
+def pretraining(arm, seconds):
+    values = record(arm, None, stage="pretraining", setting=None, validation_accuracy=None, seconds=seconds)
+    del values["flops"], values["num_test"]
+    return values
+
+
+def unfinished(arm, status, reason, **changes):
+    """A final run that broke off: nothing was measured."""
+    values = record(arm, None, status=status, reason=reason, **changes)
+    for key in (
+        "curve",
+        "seconds",
+        "memory",
+        "parameters",
+        "flops",
+        "tokens",
+        "versions",
+        "machine",
+        "commit",
+        "num_test",
+    ):
+        del values[key]
+    return values
+
+
+def both_arms(**changes):
+    return [
+        record(arm, accuracy, seed, **changes)
+        for arm, of_seeds in (("flat", FLAT), ("hkt", HKT))
+        for seed, accuracy in enumerate(of_seeds)
+    ]
+
+
+def write(folder, records, reverse=False):
+    """One file a record; `reverse` gives their names in the other order."""
+    for number, values in enumerate(records):
+        path = folder / f"{'ab'[number % 2]}" / f"{999 - number if reverse else number:03}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    return folder
+
+
+def row(text, *first):
+    """The cells of the only row that starts with these."""
+    start = "| " + " | ".join(first) + " |"
+    (line,) = [line for line in text.splitlines() if line.startswith(start)]
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]][len(first) :]
+
+
+def part(text, heading, before="##"):
+    """What stands below a heading."""
+    return re.split(rf"^{before}.* ", text.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_a_gain_is_that_of_the_paired_test():
+    text = markdown(both_arms())
+    test = stats.ttest_rel(HKT, FLAT)
+    low, high = (100 * bound for bound in test.confidence_interval(0.95))
+    differences = [100 * (a - b) for a, b in zip(HKT, FLAT, strict=True)]
+    mean, sd = statistics.mean(differences), statistics.stdev(differences)
+
+    gain, t, bootstrap, p, d_z, pairs, paper, seeds = row(part(text, "### Gains"), "hkt - flat (RoPE)")
+    assert (gain, t, p) == (f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{test.pvalue:.3f}")
+    assert (d_z, pairs, paper) == (f"{mean / sd:+.2f}", "5", "+4.77")
+    assert low < float(bootstrap.split(" to ")[0]) < mean < float(bootstrap.split(" to ")[1]) < high
+    # Power of the two-sided t-test by its noncentral distribution, written out.
+    power = {
+        n: stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, 4.77 / sd * math.sqrt(n))
+        for n in (int(seeds) - 1, int(seeds))
+    }
+    assert power[int(seeds)] >= 0.8 and power.get(int(seeds) - 1, 0) < 0.8
+
+    short = row(summary_table(both_arms()), "ListOps", "cpu", "hkt - flat (RoPE)")
+    assert short == ["50.50", "54.60", f"{mean:+.2f}", t, p, "5", "+4.77"]
+    assert part(text, "## Gains").strip().startswith(summary_table(both_arms()))
+
+
+def test_every_seed_and_cost_is_shown():
+    text = markdown(both_arms())
+    sd = statistics.stdev(100 * value for value in FLAT)
+    cells = row(part(text, "### Accuracy"), "flat", "RoPE")
+    assert cells == [f"50.50 ± {sd:.2f}", "50.00", "51.00", "49.00", "50.50", "52.00"]
+    assert row(part(text, "### Cost"), "hkt", "RoPE") == [
+        "3",
+        "401,234",
+        "123.4",
+        "2,500",
+        "10.0",
+        "1.5 GiB",
+        "lr 0.001, dropout 0.1, decay 0.01",
+    ]
+    # The whole worth of a test split: 2,000 coin flips.
+    assert "2,000 examples; the standard error of one accuracy from them is at most 1.12 pp" in text
+
+
+def test_the_paper_is_quoted_right():
+    assert {task: (result.flat, result.hkt, result.gain) for task, result in PAPER_RESULTS.items()} == {
+        "listops": (50.33, 55.10, 4.77),
+        "cifar10": (34.01, 35.45, 1.44),
+        "imdb": (62.72, 70.19, 7.47),
+    }
+    text = markdown([*both_arms(), *both_arms(task="imdb")])
+    assert "ListOps 50.33 and 55.10 (+4.77); character IMDB 62.72 and 70.19 (+7.47)" in text
+    assert row(summary_table(both_arms(task="imdb")), "character IMDB", "cpu", "hkt - flat (RoPE)")[-1] == "+7.47"
+
+
+def test_the_order_of_files_does_not_matter(tmp_path):
+    records = [
+        *both_arms(),
+        *both_arms(task="cifar10", position_embedding_type="absolute"),
+        *both_arms(protocol="paper"),
+        search("hkt", 0.5),
+        search("hkt", 0.5, learning_rate=0.01),
+        search("flat", 0.4, weight_decay=0.0),
+    ]
+    forth = read_records(write(tmp_path / "forth", records))
+    back = read_records(write(tmp_path / "back", records, reverse=True))
+    assert forth == back and len(forth) == len(records)
+    assert markdown(forth) == markdown(back) == markdown(records[::-1])
+    titles = re.findall(r"^## (.*)$", markdown(forth), flags=re.MULTILINE)
+    assert titles == [
+        "Gains",
+        "ListOps, protocol cpu",
+        "ListOps, protocol paper",
+        "Sequential CIFAR-10, protocol cpu",
+        "Hours",
+    ]
+
+
+def test_runs_are_paired_by_seed():
+    """Seed 1 is missing in flat, seed 3 failed in hkt and seed 4 in flat: two pairs are left, and all is said."""
+    records = [r for r in both_arms() if (r["arm"], r["seed"]) not in (("flat", 1), ("hkt", 3), ("flat", 4))]
+    records.append(unfinished("hkt", "failed", "loss is nan", seed=3))
+    records.append(unfinished("flat", "failed", "killed", seed=4))
+    text = markdown(records)
+    gain, *_, pairs, _, _ = row(part(text, "### Gains"), "hkt - flat (RoPE)")
+    assert pairs == "2" and gain == f"{100 * statistics.mean(HKT[i] - FLAT[i] for i in (0, 2)):+.2f}"
+    assert "- Missing, so in no pair: seed 1 of flat (RoPE) (not run)." in text
+    assert "- Missing, so in no pair: seed 3 of hkt (RoPE) (FAIL)." in text
+    assert "- Missing, so in no pair: seed 4 of flat (RoPE) (FAIL)." in text
+    assert row(summary_table(records), "ListOps", "cpu", "hkt - flat (RoPE)")[-2] == "2"
+    mean, *seeds = row(part(text, "### Accuracy"), "hkt", "RoPE")
+    assert mean.endswith("(4 of 5)") and seeds[3] == "FAIL"
+    assert "- hkt (RoPE), seed 3: FAIL (loss is nan)" in text
+
+
+def test_few_or_equal_differences_have_no_interval():
+    one = [r for r in both_arms() if r["seed"] == 2]
+    assert row(part(markdown(one), "### Gains"), "hkt - flat (RoPE)") == [
+        "+6.00", "-", "-", "-", "-", "1", "+4.77", "-",
+    ]  # fmt: skip
+    equal = [record("flat", 0.5, 0), record("flat", 0.6, 1), record("hkt", 0.51, 0), record("hkt", 0.61, 1)]
+    text = markdown(equal)
+    assert row(part(text, "### Gains"), "hkt - flat (RoPE)")[:2] == ["+1.00", "-"]
+    assert "hkt - flat (RoPE): all differences are equal" in text
+    none = markdown([record("hkt", 0.5), record("flat", 0.5, 1)])
+    assert row(part(none, "### Gains"), "hkt - flat (RoPE)")[0] == "no pairs"
+    assert "No pair of runs" in summary_table([record("hkt", 0.5), record("flat", 0.5, 1)])
+
+
+def test_what_did_not_run_is_written_out():
+    reason = "ImportError: no mamba_ssm | <class 'x'>\n" + "again " * 99
+    peer = {"position_embedding_type": None, "num_levels": None}
+    text = markdown(
+        [
+            *both_arms(),
+            unfinished("mamba", "not_available", reason, **peer),
+            unfinished("fnet", "failed", "out of memory", **peer),
+        ]
+    )
+    accuracy = part(text, "### Accuracy")
+    assert row(accuracy, "fnet", "")[:2] == ["FAIL (out of memory)", "FAIL"]
+    shown, seed, *_ = row(accuracy, "mamba", "")
+    assert shown.startswith(r"NA (ImportError: no mamba\_ssm \| \<class 'x'\> again") and shown.endswith("...)")
+    assert len(shown) < 200 and seed == "NA"
+    header, *_ = accuracy.strip().splitlines()
+    assert all(line.replace(r"\|", "").count("|") == header.count("|") for line in accuracy.strip().splitlines())
+
+
+def test_the_strongest_flat_arm_is_chosen_by_validation():
+    """The convolution is best on validation, the wide arm on test; neither HKT nor a pretrained arm is in the choice."""
+    records = both_arms()
+    for arm, validation, test in (
+        ("flat-convolution", 0.54, 0.52),
+        ("flat-wide-flops", 0.53, 0.56),
+        ("flat-pretrained", 0.70, 0.70),
+        ("fnet", 0.80, 0.80),
+    ):
+        records += [
+            record(arm, test + HKT[seed] / 100, seed, validation_accuracy=validation, num_levels=None)
+            for seed in range(5)
+        ]
+    (section,) = sections(records)
+    assert strongest_flat(section).label == "flat-convolution (RoPE)"
+    text = markdown(records)
+    label = "hkt - flat-convolution (RoPE), the strongest flat arm"
+    gain = 100 * (statistics.mean(HKT) - 0.52 - statistics.mean(HKT) / 100)
+    assert row(part(text, "### Gains"), label)[0] == f"{gain:+.2f}"
+    assert "(54.00%): flat-convolution (RoPE)." in text
+    assert [line.split(" | ")[2] for line in summary_table(records).splitlines()[2:]] == ["hkt - flat (RoPE)", label]
+
+    bert = [record("bert", 0.51, validation_accuracy=0.9, position_embedding_type="absolute", num_levels=None)]
+    (section,) = sections([*records, *bert])
+    assert strongest_flat(section).label == "bert (absolute)"
+    assert "hkt (RoPE) - bert (absolute), the strongest flat arm" in markdown([*records, *bert])
+
+
+def test_which_arms_are_compared():
+    records = []
+    for positions in ("absolute", "rope"):
+        for arm in ("flat", "hkt", "flat-convolution", "hkt-levels-2", "hkt-pretrained", "flat-pretrained"):
+            records.append(record(arm, 0.5, position_embedding_type=positions))
+    records += [record("hkt-levels-10", 0.5), record("bert", 0.4, position_embedding_type="absolute")]
+    records += [record("mamba", 0.5, position_embedding_type=None)]
+    (section,) = sections(records)
+    assert [arm.label for arm in section.arms][-3:] == ["hkt-pretrained (RoPE)", "bert (absolute)", "mamba"]
+    found = comparisons(section)
+    assert [(item.treated.label, item.control.label) for item in found] == [
+        ("hkt (absolute)", "flat (absolute)"),
+        ("hkt (RoPE)", "flat (RoPE)"),
+        ("hkt (RoPE)", "flat (absolute)"),  # the strongest: the first of equal ones
+        ("flat-convolution (absolute)", "flat (absolute)"),
+        ("flat-convolution (RoPE)", "flat (RoPE)"),
+        ("bert (absolute)", "flat (absolute)"),
+        ("hkt-levels-2 (absolute)", "hkt (absolute)"),
+        ("hkt-levels-2 (RoPE)", "hkt (RoPE)"),
+        ("hkt-levels-10 (RoPE)", "hkt (RoPE)"),
+        ("flat-pretrained (absolute)", "flat (absolute)"),
+        ("flat-pretrained (RoPE)", "flat (RoPE)"),
+        ("hkt-pretrained (absolute)", "hkt (absolute)"),
+        ("hkt-pretrained (RoPE)", "hkt (RoPE)"),
+        ("hkt-pretrained (absolute)", "flat-pretrained (absolute)"),
+        ("hkt-pretrained (RoPE)", "flat-pretrained (RoPE)"),
+    ]
+    assert [item.is_papers for item in found] == [True] * 2 + [False] * 13
+
+
+def test_the_search_and_the_hours():
+    records = [
+        *both_arms(),
+        search("hkt", 0.50),
+        search("hkt", 0.52, learning_rate=0.003),
+        search("hkt", 0.51, hidden_dropout=0.0),
+        search("hkt", 0.60, weight_decay=0.1) | {"status": "failed", "reason": "nan", "validation_accuracy": None},
+        record("hkt-pretrained", 0.6, 0, pretraining={"steps": 9, "seconds": 1800.0, "masked_accuracy": 0.3}),
+        # The setting was searched on the same pretraining, which has a record of its own: its hours count once.
+        search("hkt-pretrained", 0.6) | {"seed": 0, "pretraining": {"steps": 9, "seconds": 1800.0}},
+        pretraining("hkt-pretrained", 1800.0),
+    ]
+    text = markdown(records)
+    found = part(text, "### Search")
+    assert row(found, "hkt", "RoPE") == [
+        "4 (3 finished)",
+        "lr 0.001, 0.003; dropout 0, 0.1; decay 0.01, 0.1",
+        "lr 0.003, dropout 0.1, decay 0.01",
+        "52.00",
+    ]
+    assert "hkt (RoPE), seeds 0, 1, 2, 3, 4: the final runs have another setting, lr 0.001, dropout 0.1" in found
+    assert "hkt-pretrained (RoPE), seed" not in found
+    hours = part(text, "## Hours")  # pretraining, search, final, sum
+    assert row(hours, "ListOps", "cpu") == ["0.50", f"{5 * 300 / 3600:.2f}", f"{11 / 6:.2f}", "2.75", "17"]
+    assert row(hours, "all", "")[-2:] == ["2.75", "17"]
+    assert row(part(text, "### Cost"), "hkt-pretrained", "RoPE")[4] == "10.0 + 30.0"
+
+
+def test_of_equal_settings_the_one_of_less_loss_is_best():
+    """As `hkt reproduce` chooses it."""
+    records = [
+        search("hkt", 0.5, learning_rate=rate) | {"validation_loss": loss}
+        for rate, loss in ((0.001, 1.3), (0.003, 1.1), (0.01, 1.2))
+    ]
+    (arm,) = sections(records)[0].arms
+    assert arm.best_setting() == ((0.003, 0.1, 0.01), 0.5)
+
+
+def test_tokens_a_second_are_of_training_steps():
+    text = markdown([record("hkt", 0.5, step_seconds=300.0), record("flat", 0.5)])
+    assert row(part(text, "### Cost"), "hkt", "RoPE")[3:5] == ["5,000", "10.0"]
+    assert row(part(text, "### Cost"), "flat", "RoPE")[3:5] == ["2,500", "10.0"]
+
+
+def test_what_hkt_reproduce_writes_is_reported(tmp_path):
+    """All stages, at tiny sizes."""
+    words = [
+        *("--model", '{"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}'),
+        *(
+            "--data.listops",
+            '{"min_length": 4, "max_length": 8, "num_train": 32, "num_validation": 10, "num_test": 20}',
+        ),
+        *("--tokenizer.max_length", "8", "--training.max_steps", "2", "--training.eval_steps", "1"),
+        *("--training.save_steps", "1", "--training.logging_steps", "1"),
+        *("--search.training", "{max_steps: 1}", "--pretraining.training", "{max_steps: 1}"),
+        *("--search.learning_rate", "[1e-3]", "--search.hidden_dropout", "[0.1]", "--search.weight_decay", "[0.01]"),
+    ]
+    arms = ["flat-pretrained", "hkt", "hkt-levels-2"]
+    sweep = Sweep(load_protocol("listops", "cpu", words, arms=arms, seeds=[0]), tmp_path, tmp_path / "runs", threads=1)
+    for run in sweep.runs():
+        execute(sweep.specification(run))
+    records = read_records(sweep.results)
+    assert {record["status"] for record in records} == {"finished"} and len(records) == 7
+    text = markdown(records)
+    (accuracy,) = {record["test_accuracy"] for record in records if record["arm"] == "hkt" and record["test_accuracy"]}
+    assert row(part(text, "### Accuracy"), "hkt", "absolute") == [f"{100 * accuracy:.2f}"] * 2
+    assert row(part(text, "### Gains"), "hkt-levels-2 - hkt (absolute)")[5] == "1"
+    assert row(part(text, "### Search"), "flat-pretrained", "absolute")[0] == "1"
+    assert "20 examples" in text and "listops_cpu_level_weights_hkt-absolute.png" in text
+
+
+def test_the_command_writes_report_and_plots(tmp_path, capsys):
+    peer = record("mamba", 0.4, position_embedding_type=None, num_levels=None, flops=None, memory=None)
+    fixed = record("hkt-uniform-weights", 0.5)
+    for entry in fixed["curve"]["validation"]:
+        entry["level_weights"] = [[[1 / 3] * 3] * 2] * 2
+    records = [
+        *both_arms(),
+        *both_arms(task="imdb", position_embedding_type="absolute"),
+        peer,
+        fixed,
+        search("hkt", 0.5),
+    ]
+    write(tmp_path / "runs", records)
+    assert main(["report", "--results", str(tmp_path / "runs"), "--output", str(tmp_path / "made" / "here")]) == 0
+    printed = capsys.readouterr().out
+    text = (tmp_path / "made" / "here" / "report.md").read_text(encoding="utf-8")
+    assert text == markdown(records) and printed.startswith(summary_table(records))
+    names = {path.name for path in (tmp_path / "made" / "here").iterdir()}
+    assert names == {
+        "report.md",
+        "gains.png",
+        *(f"{task}_cpu_{kind}.png" for task in ("listops", "imdb") for kind in ("cost", "curves")),
+        "listops_cpu_level_weights_hkt-rope.png",
+        "imdb_cpu_level_weights_hkt-absolute.png",
+    }
+    assert all(str(tmp_path / "made" / "here" / name) in printed for name in names)
+    assert set(re.findall(r"\]\((.*?)\)", text)) == names - {"report.md"}
+    for name in names - {"report.md"}:
+        with Image.open(tmp_path / "made" / "here" / name) as picture:
+            assert picture.size[0] > 300 and len(set(picture.convert("L").resize((200, 100)).tobytes())) > 5
+
+    assert main(["report", "--results", str(tmp_path / "runs")]) == 0  # beside the records, and again
+    assert main(["report", "--results", str(tmp_path / "runs")]) == 0
+    assert (tmp_path / "runs" / "report.md").read_text(encoding="utf-8") == text
+
+
+def test_level_weights_are_of_all_seeds():
+    first, second = record("hkt", 0.5, 0), record("hkt", 0.5, 1)
+    for entry, value in zip(second["curve"]["validation"], (0.0, 1.0), strict=True):
+        entry["level_weights"] = [[[value] * 3] * 2] * 2
+    second["curve"]["validation"].append(
+        {"step": 300, "loss": 1.0, "accuracy": 0.5, "level_weights": [[[1.0] * 3] * 2] * 2}
+    )
+    (arm,) = sections([first, second])[0].arms
+    steps, weights = arm.level_weights
+    assert steps == [100, 200] and weights.shape == (2, 2, 2, 2, 3)
+    np.testing.assert_allclose(weights[0, :, 0, 0], [[0.41, 0.35, 0.24], [0.42, 0.35, 0.23]])
+    assert weights[1, 0].max() == 0 and weights[1, 1].min() == 1
+    second["curve"]["validation"][0]["level_weights"] = [[[0.5, 0.5]]]
+    (arm,) = sections([first, second])[0].arms
+    with pytest.raises(ValueError, match=r"hkt \(RoPE\): `level_weights` must be \[layer\]\[head\]\[level\]"):
+        _ = arm.level_weights
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("test_accuracy"), "0.json is no record of `hkt reproduce`: it lacks `test_accuracy`"),
+        (lambda r: r.update(task="mnist"), "0.json: `task` must be one of listops, cifar10, imdb, got 'mnist'"),
+        (lambda r: r.update(seed="0"), "0.json: `seed` must be int, got '0'"),
+        (lambda r: r.update(seed=True), "`seed` must be int, got 'True'"),
+        (lambda r: r.update(status="done"), "`status` must be one of finished, failed, not_available"),
+        (lambda r: r.update(test_accuracy=55.1), "`test_accuracy` must be between 0 and 1 for a finished final run"),
+        (lambda r: r.update(test_accuracy=math.nan), "`test_accuracy` must be between 0 and 1"),
+        (lambda r: r.update(test_accuracy=None), "`test_accuracy` must be between 0 and 1"),
+        (lambda r: r.update(validation_accuracy=None), "`validation_accuracy` must be between 0 and 1"),
+        (lambda r: r.update(stage="search"), "`test_accuracy` must be null but for a finished final run"),
+        (lambda r: r.update(status="failed", test_accuracy=None), "`reason` must be a text for a run that is failed"),
+        (lambda r: r.update(seconds=0), "`seconds` must be greater than 0 for a finished run, got '0'"),
+        (lambda r: r.update(setting={"learning_rate": 1}), "`setting` must be numbers for `learning_rate`, "),
+        (lambda r: r.update(setting=None), "`setting` must be numbers for `learning_rate`, "),
+        (lambda r: r.update(stage="pretraining", test_accuracy=None), "`setting` must be null for pretraining"),
+        (lambda r: r.pop("flops"), "0.json is no record of `hkt reproduce`: it lacks `flops`"),
+        (lambda r: r.update(curve={"train": []}), "`curve` must be an object with the lists"),
+    ],
+)
+def test_a_file_that_is_no_record_is_named(tmp_path, capsys, change, message):
+    values = record()
+    change(values)
+    (tmp_path / "0.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_report(tmp_path, tmp_path)
+    assert main(["report", "--results", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"hkt report: {tmp_path}/0.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["0.json"]
+
+
+def test_what_else_is_refused(tmp_path, capsys):
+    assert main(["report", "--results", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere is no folder" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="holds no record"):
+        read_records(tmp_path)
+    for content, message in (("[1]", "it holds list"), ("{", "is not JSON"), ("\xff", "is not JSON")):
+        (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=message):
+            read_records(tmp_path)
+    (tmp_path / "a.json").unlink()
+
+    write(tmp_path / "twice", [record(), record(setting=SETTING | {"learning_rate": 0.1})])  # a final run is its seed
+    with pytest.raises(ValueError, match=r"a/000.json and .*b/001.json are records of the same run"):
+        read_records(tmp_path / "twice")
+    write(tmp_path / "tries", [search("hkt", 0.5), search("hkt", 0.6, learning_rate=0.1)])
+    assert len(read_records(tmp_path / "tries")) == 2
+    write(tmp_path / "splits", [record(), record("flat", num_test=1000)])
+    with pytest.raises(ValueError, match=r"were tested on 2000 and 1000 examples"):
+        read_records(tmp_path / "splits")
+
+
+def block(text):
+    """What README shows of the report; `None` if it has no place for it.
+
+    Raises:
+        ValueError: other than one pair of marks.
+    """
+    if BEGIN not in text and END not in text:
+        return None
+    (found,) = re.findall(rf"{BEGIN}\n(.*?)\n{END}", text, flags=re.DOTALL)
+    return found.strip()
+
+
+def test_the_block_of_the_readme_is_found():
+    assert block(f"before\n{BEGIN}\n| a |\n{END}\nafter") == "| a |" and block("nothing") is None
+    for text in (BEGIN, f"{END}\n{BEGIN}", 2 * f"{BEGIN}\nx\n{END}\n"):
+        with pytest.raises(ValueError, match="unpack"):
+            block(text)
+
+
+def test_the_readme_shows_the_gains_of_the_records():
+    shown = block((ROOT / "README.md").read_text(encoding="utf-8"))
+    if shown is None:
+        pytest.skip("README has no block of `hkt report`")
+    assert shown == summary_table(read_records(RESULTS))
+
+
+def test_the_committed_report_is_that_of_the_records():
+    if not (RESULTS / "report.md").exists():
+        pytest.skip("no report of `hkt reproduce`")
+    assert (RESULTS / "report.md").read_text(encoding="utf-8") == markdown(read_records(RESULTS))
