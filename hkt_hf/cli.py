@@ -1,4 +1,4 @@
-"""The command `hkt`: train, evaluate, predict, push, benchmark, reproduce, report."""
+"""The command `hkt`: train, evaluate, predict, push, benchmark, reproduce, report, package."""
 
 import argparse
 import json
@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from huggingface_hub.errors import HfHubHTTPError
 
 from .benchmark.command import add_benchmark_parser, run_benchmark
-from .experiments.command import add_report_parser, add_reproduce_parser, run_report, run_reproduce
+from .experiments.command import (
+    add_package_parser,
+    add_report_parser,
+    add_reproduce_parser,
+    run_package,
+    run_report,
+    run_reproduce,
+)
 from .files import write_json
 
 
@@ -50,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_benchmark_parser(commands)
     add_reproduce_parser(commands)
     add_report_parser(commands)
+    add_package_parser(commands)
     return parser
 
 
@@ -68,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     # Under `torchrun` or `accelerate launch`: one process speaks, and one does what needs no others.
     is_first = int(os.environ.get("RANK", "0")) == 0
-    if not is_first and options.command in ("predict", "push", "benchmark", "reproduce", "report"):
+    if not is_first and options.command in ("predict", "push", "benchmark", "reproduce", "report", "package"):
         return 0
     logging.basicConfig(
         level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s %(name)s: %(message)s"
@@ -154,6 +162,10 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
     run_report(options)
 
 
+def _package(options: argparse.Namespace, rest: list[str]) -> None:
+    run_package(options)
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -162,6 +174,7 @@ _COMMANDS = {
     "benchmark": _benchmark,
     "reproduce": _reproduce,
     "report": _report,
+    "package": _package,
 }
 
 

@@ -1,4 +1,4 @@
-"""The commands `hkt reproduce` and `hkt report`."""
+"""The commands `hkt reproduce`, `hkt report` and `hkt package`."""
 
 import argparse
 import os
@@ -87,3 +87,25 @@ def run_report(options: argparse.Namespace) -> None:
     print(summary_table(read_records(options.results)))
     for path in paths:
         print(path)
+
+
+def add_package_parser(commands) -> None:
+    """Add `package` to the subcommands of `hkt`."""
+    package = commands.add_parser(
+        "package",
+        help="pack the best checkpoint of a reproduced task, with its card, into one archive",
+        description="Of the final runs of HKT, the one with the best validation accuracy: weights, code, tokenizer, and a "
+        "card with what all arms measured, as TASK-PROTOCOL.tar.gz.",
+    )
+    package.add_argument("task", choices=("listops", "cifar10", "imdb"))
+    package.add_argument("--protocol", choices=("cpu", "paper"), required=True)
+    package.add_argument("--results", type=Path, default=Path("results/reproduce"), help="default: %(default)s")
+    package.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="default: %(default)s")
+    package.add_argument("--output", type=Path, default=Path("results/checkpoints"), help="default: %(default)s")
+
+
+def run_package(options: argparse.Namespace) -> None:
+    """Pack the checkpoint and print the path of the archive; errors as in [`~.package.package_best`]."""
+    from .package import package_best
+
+    print(package_best(options.results, options.runs, options.task, options.protocol, options.output))
