@@ -50,7 +50,7 @@ _MEASURED_TYPES = {
     "commit": (str, _NONE),
 }
 # Of a classifier.
-_CLASSIFIER_TYPES = {"flops": (*_NUMBER, _NONE), "num_test": int}
+_CLASSIFIER_TYPES = {"flops": (*_NUMBER, _NONE), "num_test": int, "validation_loss": _NUMBER}
 _CHOICES = {
     "task": tuple(TASK_TITLES),
     "protocol": PROTOCOLS,
@@ -114,8 +114,8 @@ def check_record(record: object, path: str | Path) -> None:
     Keys of those that finished: `curve` (`train`: step, loss; `validation`: step, loss, accuracy, seconds, and for HKT
     level_weights as `[layer][head][level]`), `seconds` of the run, `memory` (peak bytes), `parameters`, `tokens`
     (trained on, without padding), `versions`, `machine`, `commit`; but for pretraining also `flops` (forward, one
-    sequence of the longest length) and `num_test`. Used where they are: `step_seconds` (those of training steps alone)
-    and `validation_loss`. Others are let pass.
+    sequence of the longest length), `num_test` and `validation_loss`. Used where it is: `step_seconds` (those of training
+    steps alone). Others are let pass.
 
     Args:
         record (`object`): what the file holds.
@@ -173,6 +173,14 @@ def _check_types(record: dict, path: str | Path, wanted: dict) -> None:
             types = types if isinstance(types, tuple) else (types,)
             names = " or ".join("null" if kind is _NONE else kind.__name__ for kind in types)
             raise ValueError(f"{path}: `{key}` must be {names}, got {str(record[key])[:80]!r}")
+
+
+def search_loss(records: Sequence[dict]) -> float:
+    """What a search minimizes: the mean validation loss of a setting's finished runs.
+
+    Not the accuracy: after the few steps of a search run its noise is larger than what tells the settings apart.
+    """
+    return sum(record["validation_loss"] for record in records) / len(records)
 
 
 def setting_of(record: dict) -> tuple[float, ...]:
@@ -255,22 +263,17 @@ class Arm:
             tried.setdefault(setting_of(record), []).append(record)
         return dict(sorted(tried.items()))
 
-    def best_setting(self) -> tuple[tuple, float] | None:
-        """The setting of the search with the highest validation accuracy (its mean where several seeds tried it).
+    def best_setting(self) -> tuple[tuple, list[dict]] | None:
+        """The setting of the search with the lowest [`search_loss`], and its records.
 
-        Only settings of which all runs finished count. Of equal ones that of the smaller validation loss is taken, then
-        the first in the order of [`settings`].
+        Only settings of which all runs finished count; of equal ones the first in the order of [`settings`].
         """
-        means = {}
-        for setting, records in self.settings().items():
-            if all(record["status"] == FINISHED for record in records):
-                losses = [record.get("validation_loss") or 0.0 for record in records]
-                accuracy = sum(record["validation_accuracy"] for record in records) / len(records)
-                means[setting] = accuracy, -sum(losses) / len(losses)
-        if not means:
-            return None
-        best = max(means, key=means.get)
-        return best, means[best][0]
+        finished = {
+            setting: records
+            for setting, records in self.settings().items()
+            if all(record["status"] == FINISHED for record in records)
+        }
+        return min(finished.items(), key=lambda item: search_loss(item[1]), default=None)
 
     @cached_property
     def level_weights(self) -> tuple[list[int], np.ndarray] | None:

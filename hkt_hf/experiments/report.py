@@ -18,6 +18,7 @@ from .records import (
     Arm,
     Section,
     read_records,
+    search_loss,
     sections,
     setting_of,
 )
@@ -387,7 +388,8 @@ def _search_table(section: Section) -> list[str]:
                 str(len(tried)) if finished == len(tried) else f"{len(tried)} ({finished} finished)",
                 "; ".join(values),
                 "" if best is None else _setting(best[0]),
-                "" if best is None else f"{100 * best[1]:.2f}",
+                "" if best is None else f"{search_loss(best[1]):.4f}",
+                "" if best is None else f"{100 * _mean([each['validation_accuracy'] for each in best[1]]):.2f}",
             ]
         )
         others: dict[tuple, list[int]] = {}
@@ -401,7 +403,7 @@ def _search_table(section: Section) -> list[str]:
         ]
     if not rows:
         return ["No search: the settings of the final runs were given."]
-    header = ["arm", "positions", "settings tried", "values", "best setting", "validation accuracy, %"]
+    header = ["arm", "positions", "settings tried", "values", "best setting", "validation loss", "accuracy, %"]
     return [*table(header, rows), *([""] if remarks else []), *remarks]
 
 

@@ -19,7 +19,7 @@ from ..objectives import MaskedLM
 from ..tokenization import build_tokenizer
 from .arms import model_fields, parse_arm, setting_source
 from .protocol import Protocol, Setting
-from .records import FAILED, FINISHED
+from .records import FAILED, FINISHED, search_loss
 from .run import RunSpecification, write_specification
 
 
@@ -131,7 +131,7 @@ class Sweep:
         return True
 
     def chosen_setting(self, arm: str) -> Setting:
-        """The setting with the best validation accuracy; of equal ones that of the smaller validation loss.
+        """The setting with the lowest validation loss ([`~hkt_hf.experiments.records.search_loss`]).
 
         Raises:
             ValueError: no search run of the arm is finished.
@@ -140,7 +140,7 @@ class Sweep:
         finished = [(run, record) for run, record in records if record is not None and record["status"] == FINISHED]
         if not finished:
             raise ValueError(f"the search of the arm {setting_source(arm)!r} has no finished run")
-        best, _ = max(finished, key=lambda pair: (pair[1]["validation_accuracy"], -pair[1]["validation_loss"]))
+        best, _ = min(finished, key=lambda pair: search_loss([pair[1]]))
         return best.setting
 
     def specification(self, run: Run) -> RunSpecification:

@@ -49,6 +49,7 @@ def record(arm="hkt", test_accuracy=0.5, seed=0, **changes):
         "status": "finished",
         "reason": None,
         "validation_accuracy": test_accuracy,
+        "validation_loss": 1.5,
         "test_accuracy": test_accuracy,
         "config": {},
         "curve": {"train": [{"step": 100, "loss": 1.6}], "validation": validation},
@@ -67,13 +68,14 @@ def record(arm="hkt", test_accuracy=0.5, seed=0, **changes):
     }
 
 
-def search(arm, validation_accuracy, **setting):
+def search(arm, validation_accuracy, loss=1.5, **setting):
     return record(
         arm,
         None,
         seed=100,
         stage="search",
         validation_accuracy=validation_accuracy,
+        validation_loss=loss,
         setting=SETTING | setting,
         seconds=300.0,
     )
@@ -320,8 +322,8 @@ def test_the_search_and_the_hours():
     records = [
         *both_arms(),
         search("hkt", 0.50),
-        search("hkt", 0.52, learning_rate=0.003),
-        search("hkt", 0.51, hidden_dropout=0.0),
+        search("hkt", 0.52, loss=1.25, learning_rate=0.003),
+        search("hkt", 0.53, hidden_dropout=0.0),
         search("hkt", 0.60, weight_decay=0.1) | {"status": "failed", "reason": "nan", "validation_accuracy": None},
         record("hkt-pretrained", 0.6, 0, pretraining={"steps": 9, "seconds": 1800.0, "masked_accuracy": 0.3}),
         # The setting was searched on the same pretraining, which has a record of its own: its hours count once.
@@ -334,6 +336,7 @@ def test_the_search_and_the_hours():
         "4 (3 finished)",
         "lr 0.001, 0.003; dropout 0, 0.1; decay 0.01, 0.1",
         "lr 0.003, dropout 0.1, decay 0.01",
+        "1.2500",
         "52.00",
     ]
     assert "hkt (RoPE), seeds 0, 1, 2, 3, 4: the final runs have another setting, lr 0.001, dropout 0.1" in found
@@ -344,14 +347,14 @@ def test_the_search_and_the_hours():
     assert row(part(text, "### Cost"), "hkt-pretrained", "RoPE")[4] == "10.0 + 30.0"
 
 
-def test_of_equal_settings_the_one_of_less_loss_is_best():
+def test_the_setting_of_the_lowest_loss_is_best():
     """As `hkt reproduce` chooses it."""
     records = [
-        search("hkt", 0.5, learning_rate=rate) | {"validation_loss": loss}
-        for rate, loss in ((0.001, 1.3), (0.003, 1.1), (0.01, 1.2))
+        search("hkt", accuracy, loss, learning_rate=rate)
+        for rate, loss, accuracy in ((0.001, 1.3, 0.6), (0.003, 1.1, 0.4), (0.01, 1.2, 0.5))
     ]
     (arm,) = sections(records)[0].arms
-    assert arm.best_setting() == ((0.003, 0.1, 0.01), 0.5)
+    assert arm.best_setting() == ((0.003, 0.1, 0.01), [records[1]])
 
 
 def test_tokens_a_second_are_of_training_steps():
