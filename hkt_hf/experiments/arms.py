@@ -129,7 +129,6 @@ ARMS: dict[str, Arm] = {
         {"num_levels": 1},
         change=add_short_convolution,
     ),
-    "hkt-convolution": Arm("HKT with the same convolution on level 0", change=add_short_convolution),
     "bert": Arm("BERT of transformers, mean pooling: a multi-head model that shares no code with ours", is_peer=True),
     "flat-wide-parameters": Arm(
         "flat, with wider feed-forward layers: as many parameters as HKT",
@@ -143,6 +142,7 @@ ARMS: dict[str, Arm] = {
         as_large_as="flops",
         setting_of="flat",
     ),
+    "hkt-convolution": _ablation("with the same convolution on level 0", change=add_short_convolution),
     "hkt-levels-2": _ablation("two levels", fields={"num_levels": 2}),
     "hkt-levels-4": _ablation("four levels", fields={"num_levels": 4}),
     "hkt-uniform-weights": _ablation("level weights fixed, all equal", change=freeze_uniform_weights),

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import datasets
@@ -216,11 +217,28 @@ def test_a_sweep_records_every_run(tmp_path):
     assert run_all(sweep) == records  # nothing is run twice
 
 
-def test_a_record_is_reproduced_by_evaluating_its_checkpoint(tmp_path, capsys):
-    sweep = tiny_sweep(tmp_path, ("hkt",))
-    record = run_all(sweep)["hkt", "final-seed0"]
-    assert main(["evaluate", str(sweep.folder(Run("hkt", "final", 0))), "--out", str(tmp_path / "out.json")]) == 0
-    assert json.loads((tmp_path / "out.json").read_text())["accuracy"] == record["test_accuracy"]
+def test_the_packaged_checkpoint_gives_the_accuracy_of_its_card(tmp_path):
+    """The best of two runs by validation accuracy, from an archive that holds all that loading and measuring need."""
+    sweep = tiny_sweep(tmp_path, ("flat", "hkt"), (0, 1))
+    records = run_all(sweep)
+    folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    command = ["package", "listops", "--protocol", "cpu", *folders, "--output"]
+    for name in ("out", "again"):
+        assert main([*command, str(tmp_path / name)]) == 0
+    archive = tmp_path / "out" / "listops-cpu.tar.gz"
+    assert archive.read_bytes() == (tmp_path / "again" / "listops-cpu.tar.gz").read_bytes()
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path / "unpacked", filter="data")
+    best = max((records["hkt", f"final-seed{seed}"] for seed in (0, 1)), key=lambda each: each["validation_accuracy"])
+    checkpoint = tmp_path / "unpacked" / "listops-cpu"
+    assert main(["evaluate", str(checkpoint), "--out", str(tmp_path / "out.json")]) == 0
+    accuracy = json.loads((tmp_path / "out.json").read_text())["accuracy"]
+    assert accuracy == best["test_accuracy"]
+    card = (checkpoint / "README.md").read_text()
+    assert f"| test | accuracy | {accuracy:.4f} |" in card and f"seed {best['seed']}" in card
+    assert "# listops-cpu" in card and "hkt - flat (absolute)" in card and str(tmp_path) not in card
+    assert (checkpoint / "modeling_hkt.py").is_file() and not list(checkpoint.glob("checkpoint-*"))
+    assert main(["package", "imdb", "--protocol", "cpu", *folders]) == 1
 
 
 def test_search_takes_the_lowest_validation_loss(tmp_path):
