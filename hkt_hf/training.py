@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -125,7 +126,7 @@ class StopwatchCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Called by the Trainer when the evaluation is in the log, and before a checkpoint of the step is written."""
-        state.log_history[-1]["seconds"] = round(self.seconds, 1)
+        state.log_history[-1]["seconds"] = round(self.seconds, 2)
 
     @property
     def seconds(self) -> float:
@@ -243,7 +244,7 @@ def train(
         torch.manual_seed(config.seed + state.process_index)
     if checkpoint is not None:
         logger.warning("continuing from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _fit(trainer, checkpoint, stopwatch)
     seconds = stopwatch.seconds
     for callback in (CurvesCallback, StopwatchCallback, *callbacks):
         trainer.remove_callback(callback)
@@ -255,7 +256,7 @@ def train(
         **results,
         "main_metric": main_metric,
         "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 2),
         "resumed": checkpoint is not None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": config.seed,
@@ -455,6 +456,22 @@ def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
             f"train alone; `training.use_cpu` is {arguments.use_cpu}, which must be true on a CPU and false elsewhere"
         )
     return arguments
+
+
+def _fit(trainer: Trainer, checkpoint: Path | None, stopwatch: StopwatchCallback) -> None:
+    """Train from the start, or go on from a checkpoint."""
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    # After the last step there is nothing to go on with: in the middle of an epoch, the Trainer would add a step.
+    trainer.state = state
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or str(checkpoint))
+    stopwatch.on_train_begin(trainer.args, state, trainer.control)
 
 
 def _progress(output_dir: Path) -> tuple[bool, Path | None]:

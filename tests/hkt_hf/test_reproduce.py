@@ -323,7 +323,7 @@ def test_a_wrong_dataset_stops_at_once(rows, message, tmp_path, capsys, monkeypa
 
 
 def test_an_interrupted_sweep_goes_on_to_the_same_results(tmp_path):
-    """Two runs side by side are killed in the middle; the command then gives what runs one by one in this process give."""
+    """Two runs side by side are ended in the middle; the command then gives what runs one by one in this process give."""
     command = [sys.executable, "-m", "hkt_hf.cli", "reproduce", "listops", "--protocol", "cpu", *TINY]
     command += ["--arms", "flat", "hkt", "--seeds", "0", "--jobs", "2", "--threads", "1"]
     command += ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
@@ -332,7 +332,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_results(tmp_path):
     while not list(tmp_path.glob("runs/**/checkpoint-2/trainer_state.json")):
         assert killed.poll() is None and time.monotonic() < deadline, "no run could be interrupted"
         time.sleep(0.01)
-    killed.send_signal(signal.SIGINT)
+    killed.send_signal(signal.SIGTERM)
     assert killed.wait(60) == 130
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("results/**/*.json")}
     assert len(finished) < 6

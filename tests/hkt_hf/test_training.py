@@ -354,6 +354,34 @@ def test_a_killed_run_continues_with_the_same_losses(tmp_path):
     assert reports["killed"]["test"] == reports["whole"]["test"]
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_killed_after_its_last_step_is_only_finished(tmp_path, best):
+    """The last checkpoint, in the middle of an epoch, is there; what comes after training is not."""
+    config = experiment(tmp_path / "run", training={"load_best_model_at_end": best})
+    report = train(build_experiment(config))
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for name in ("metrics.json", "model.safetensors", "config.json"):
+        (tmp_path / "run" / name).unlink()
+    again = train(build_experiment(config))
+    assert again["steps"] == 8 and again["resumed"]
+    assert again["test"] == report["test"] and again["validation"] == report["validation"]
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    curves = json.loads((tmp_path / "run" / "curves.json").read_text())
+    assert [entry["step"] for entry in curves["train"]] == list(range(1, 9))
+    assert again["seconds"] >= curves["validation"][-1]["seconds"] >= curves["validation"][0]["seconds"] > 0
+
+
+def test_what_is_not_measured_or_saved(tmp_path):
+    report = train(build_experiment(experiment(tmp_path / "run")), measure=("validation",), save_model=False)
+    assert "test" not in report and report["validation"]["accuracy"] >= 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "hkt.yaml",
+        "curves.json",
+        "curves.png",
+        "metrics.json",
+    }
+
+
 def test_the_data_order_depends_on_seed_and_epoch_alone():
     lengths = [3, 9, 4, 4, 8, 1, 2, 7, 5, 6] * 5
 
