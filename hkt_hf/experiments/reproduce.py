@@ -5,7 +5,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..tokenization import build_tokenizer
 from .arms import model_fields, parse_arm, setting_source
 from .protocol import Protocol, Setting
 from .records import FAILED, FINISHED, search_loss
-from .run import RunSpecification, write_specification
+from .run import RunSpecification, write_record, write_specification
 
 
 logger = logging.getLogger(__name__)
@@ -130,22 +130,32 @@ class Sweep:
             return all(self.is_finished(other) for other in self.runs() if run in self.needs(other))
         return True
 
-    def chosen_setting(self, arm: str) -> Setting:
-        """The setting with the lowest validation loss ([`~hkt_hf.experiments.records.search_loss`]).
-
-        Raises:
-            ValueError: no search run of the arm is finished.
-        """
+    def chosen_setting(self, arm: str) -> Setting | None:
+        """The setting with the lowest [`~hkt_hf.experiments.records.search_loss`]; `None` where no run finished."""
         records = [(run, self.record(run)) for run in self._search(setting_source(arm))]
         finished = [(run, record) for run, record in records if record is not None and record["status"] == FINISHED]
-        if not finished:
-            raise ValueError(f"the search of the arm {setting_source(arm)!r} has no finished run")
-        best, _ = min(finished, key=lambda pair: search_loss([pair[1]]))
-        return best.setting
+        best, _ = min(finished, key=lambda pair: search_loss([pair[1]]), default=(None, None))
+        return None if best is None else best.setting
+
+    def give_up(self, run: Run) -> str | None:
+        """Record a final run that can't be done because no run of its search finished, with the search's reason.
+
+        Returns:
+            `str` or `None`: its status, that of the search; `None` where there is a setting to run with.
+        """
+        if self.chosen_setting(run.arm) is not None:
+            return None
+        first = self.record(self._search(setting_source(run.arm))[0])
+        write_record(
+            self.specification(run), {"status": first["status"], "reason": f"in its search: {first['reason']}"}
+        )
+        return first["status"]
 
     def specification(self, run: Run) -> RunSpecification:
-        """What the process of a run is told; its search must be finished."""
-        setting = self.chosen_setting(run.arm) if run.stage == "final" else run.setting
+        """What the process of a run is told; its search must be over."""
+        setting = run.setting
+        if run.stage == "final":
+            setting = self.chosen_setting(run.arm) or self.protocol.search.settings()[0]
         pretraining = self._pretraining(run)
         return RunSpecification(
             task=self.protocol.task,
@@ -215,8 +225,9 @@ class Sweep:
 def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
     """Do all runs that are not finished.
 
-    A run is a process; its output goes to `RUNS/.../NAME.log`. A run that fails is recorded so, and those that need it
-    are left out; all others are done.
+    A run is a process; its output goes to `RUNS/.../NAME.log`. One that fails is recorded so, and the others go on: a
+    search chooses among what it finished, final runs without any such setting get the search's reason, and those whose
+    pretraining failed are left out.
 
     Args:
         sweep ([`Sweep`]): the runs.
@@ -241,8 +252,12 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
     ):
         try:
             while waiting or processes:
-                for run in _ready(waiting, outcome, sweep):
-                    if len(processes) < jobs:
+                for run in [run for run in waiting if _is_ready(run, outcome, sweep)]:
+                    if run.stage == "final" and (status := sweep.give_up(run)) is not None:
+                        waiting.remove(run)
+                        outcome[FAILED if status == FAILED else FINISHED].append(run)
+                        progress.update()
+                    elif len(processes) < jobs:
                         waiting.remove(run)
                         processes[run] = _start(sweep, run)
                 for run in [run for run in waiting if _is_hopeless(run, outcome, sweep)]:
@@ -262,12 +277,17 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
     return outcome
 
 
-def _ready(waiting: Iterable[Run], outcome: dict[str, list[Run]], sweep: Sweep) -> list[Run]:
-    return [run for run in waiting if all(needed in outcome[FINISHED] for needed in sweep.needs(run))]
+def _is_ready(run: Run, outcome: dict[str, list[Run]], sweep: Sweep) -> bool:
+    """Whether all runs it needs are over; of a search, some may have failed."""
+    return all(
+        needed in outcome[FINISHED] or (needed.stage == "search" and needed in outcome[FAILED])
+        for needed in sweep.needs(run)
+    )
 
 
 def _is_hopeless(run: Run, outcome: dict[str, list[Run]], sweep: Sweep) -> bool:
-    return any(needed in outcome[FAILED] + outcome["left_out"] for needed in sweep.needs(run))
+    lost = [*outcome["left_out"], *(each for each in outcome[FAILED] if each.stage != "search")]
+    return any(needed in lost for needed in sweep.needs(run))
 
 
 def _start(sweep: Sweep, run: Run) -> subprocess.Popen:
@@ -294,11 +314,7 @@ def _wait(processes: dict[Run, subprocess.Popen]) -> list[Run]:
         ended = [run for run, process in processes.items() if process.poll() is not None]
         if ended:
             return ended
-        next(iter(processes.values())).poll()
-        try:
-            next(iter(processes.values())).wait(POLL_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+        time.sleep(POLL_SECONDS)
     return []
 
 
@@ -306,8 +322,8 @@ def _finish(sweep: Sweep, run: Run, returncode: int) -> str:
     log = sweep.folder(run).with_name(f"{run.name}.log")
     record = sweep.record(run)
     if returncode or record is None:
-        logger.error("%s %s ended with exit status %d: see %s", run.arm, run.name, returncode, log)
-        return FAILED
+        reason = f"the process ended with exit status {returncode}"
+        record = write_record(sweep.specification(run), {"status": FAILED, "reason": reason})
     if record["status"] != FINISHED:
         logger.error("%s %s: %s (%s)", run.arm, run.name, record["reason"], log)
     else:

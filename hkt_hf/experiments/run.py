@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 from ..benchmark.measurement import NotAvailableError
 from ..config import build_experiment
 from ..files import write_json
+from ..modeling import HKTConfig
 from ..training import METRICS_FILE, build_model_and_tokenizer, train
-from .arms import arm_padding, build_arm, count_flops, parse_arm
+from .arms import ROPE_SUFFIX, arm_padding, build_arm, count_flops, parse_arm
 from .records import FAILED, FINISHED, NOT_AVAILABLE
 
 
@@ -99,30 +100,48 @@ def execute(specification: RunSpecification) -> dict[str, Any]:
     Returns:
         `dict`: the record.
     """
+    try:
+        measured = {"status": FINISHED, "reason": None, **_measure(specification)}
+    except (NotAvailableError, ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
+        logging.getLogger(__name__).exception("%s failed", specification.record)
+        status = NOT_AVAILABLE if isinstance(error, NotAvailableError) else FAILED
+        measured = {"status": status, "reason": f"{type(error).__name__}: {error}"}
+    return write_record(specification, measured)
+
+
+def write_record(specification: RunSpecification, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the record of a run, as [`~hkt_hf.experiments.records.check_record`] describes it.
+
+    Args:
+        specification ([`RunSpecification`]): what was to be done.
+        measured (mapping): `status`, `reason`, and what was measured.
+
+    Returns:
+        `dict`: the record.
+    """
     arm, position = parse_arm(specification.arm)
-    record: dict[str, Any] = {
+    levels = {**specification.config["model"], **arm.fields}.get("num_levels", HKTConfig.num_levels)
+    pretraining = None
+    if specification.pretraining is not None:
+        before = json.loads(Path(specification.pretraining).read_text(encoding="utf-8"))
+        pretraining = {key: before.get(key) for key in ("steps", "seconds", "masked_accuracy")}
+    record = {
         "task": specification.task,
         "protocol": specification.protocol,
-        "arm": specification.arm.removesuffix("-rope"),
-        "num_levels": None if arm.is_peer else {**specification.config["model"], **arm.fields}.get("num_levels", 3),
+        "arm": specification.arm.removesuffix(ROPE_SUFFIX),
+        "num_levels": None if arm.is_peer else levels,
         "position_embedding_type": position,
         "stage": specification.stage,
         "seed": specification.seed,
         "setting": specification.setting,
         "validation_accuracy": None,
         "test_accuracy": None,
+        **measured,
+        "pretraining": pretraining,
+        "config": specification.config,
+        "threads": specification.threads,
+        "command": specification.command,
     }
-    try:
-        record |= {"status": FINISHED, "reason": None, **_measure(specification)}
-    except (NotAvailableError, ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
-        logging.getLogger(__name__).exception("%s failed", specification.record)
-        kind = NOT_AVAILABLE if isinstance(error, NotAvailableError) else FAILED
-        record |= {"status": kind, "reason": f"{type(error).__name__}: {error}"}
-    record["pretraining"] = None
-    if specification.pretraining is not None:
-        pretraining = json.loads(Path(specification.pretraining).read_text(encoding="utf-8"))
-        record["pretraining"] = {key: pretraining.get(key) for key in ("steps", "seconds", "masked_accuracy")}
-    record |= {"config": specification.config, "threads": specification.threads, "command": specification.command}
     path = Path(specification.record)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)

@@ -17,8 +17,8 @@ from hkt_hf.data import load_data
 from hkt_hf.experiments import arms
 from hkt_hf.experiments.arms import ARMS, build_arm, count_flops, model_fields, parse_arm, setting_source
 from hkt_hf.experiments.protocol import PROTOCOLS, TASKS, load_protocol
-from hkt_hf.experiments.reproduce import Run, Sweep
-from hkt_hf.experiments.run import execute
+from hkt_hf.experiments.reproduce import Run, Sweep, reproduce
+from hkt_hf.experiments.run import execute, write_record
 from hkt_hf.modeling import HKTConfig
 
 
@@ -259,8 +259,7 @@ def test_search_takes_the_lowest_validation_loss(tmp_path):
     write()
     assert sweep.chosen_setting("flat") == low
     assert sweep.chosen_setting("flat-wide-flops") == low
-    with pytest.raises(ValueError, match="no finished run"):
-        sweep.chosen_setting("hkt")
+    assert sweep.chosen_setting("hkt") is None
 
 
 def test_pretrained_arms_begin_from_their_own_pretraining(tmp_path):
@@ -293,6 +292,44 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path, monkeypatch):
     assert not sweep.is_finished(final)
     monkeypatch.undo()
     assert execute(sweep.specification(final))["status"] == "finished" and sweep.is_finished(final)
+
+
+def test_what_fails_or_is_missing_is_written_out(tmp_path, monkeypatch):
+    """A peer that can't be built here, one that its sizes do not fit, and a process that is killed."""
+    sweep = tiny_sweep(tmp_path, ("flat", "h-transformer-1d", "nystromformer"))
+    statuses = {"flat": -9, "h-transformer-1d": "not_available", "nystromformer": "failed"}
+
+    class Process:
+        """Stands for a run's process: it has ended with a record, or with an exit status and none."""
+
+        def __init__(self, run):
+            self.returncode = 0
+            status = statuses[run.arm] if run.stage == "search" else "finished"
+            if isinstance(status, int) and run.setting.learning_rate == 1e-2:
+                self.returncode = status
+            else:
+                measured = {"validation_loss": 1.0, "validation_accuracy": 0.2, "test_accuracy": 0.2, "seconds": 1}
+                status = "finished" if isinstance(status, int) else status
+                reason = None if status == "finished" else "no luck"
+                write_record(sweep.specification(run), {"status": status, "reason": reason, **measured})
+
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr("hkt_hf.experiments.reproduce._start", lambda sweep, run: Process(run))
+    outcome = reproduce(sweep)
+    assert [(run.arm, run.stage) for run in outcome["failed"]] == [
+        ("flat", "search"),
+        *[("nystromformer", "search")] * 2,
+        ("nystromformer", "final"),
+    ]
+    assert sweep.record(outcome["failed"][0])["reason"] == "the process ended with exit status -9"
+    final = {arm: sweep.record(Run(arm, "final", 0)) for arm in statuses}
+    assert final["flat"]["status"] == "finished" and final["flat"]["setting"]["learning_rate"] == 1e-3
+    for arm in ("h-transformer-1d", "nystromformer"):
+        assert (final[arm]["status"], final[arm]["reason"]) == (statuses[arm], "in its search: no luck")
+    assert sweep.is_finished(Run("h-transformer-1d", "final", 0))
+    assert not sweep.is_finished(Run("nystromformer", "final", 0))
 
 
 def test_records_of_other_settings_are_refused(tmp_path):
