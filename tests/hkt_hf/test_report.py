@@ -506,12 +506,13 @@ def block(text):
     """
     if BEGIN not in text and END not in text:
         return None
-    (found,) = re.findall(rf"{BEGIN}\n(.*?)\n{END}", text, flags=re.DOTALL)
+    (found,) = re.findall(rf"{BEGIN}\n(.*?){END}", text, flags=re.DOTALL)
     return found.strip()
 
 
 def test_the_block_of_the_readme_is_found():
     assert block(f"before\n{BEGIN}\n| a |\n{END}\nafter") == "| a |" and block("nothing") is None
+    assert block(f"{BEGIN}\n{END}\n") == ""
     for text in (BEGIN, f"{END}\n{BEGIN}", 2 * f"{BEGIN}\nx\n{END}\n"):
         with pytest.raises(ValueError, match="unpack"):
             block(text)
