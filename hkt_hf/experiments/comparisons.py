@@ -120,9 +120,8 @@ def comparisons(section: Section) -> list[Comparison]:
     """The comparisons of a task and protocol, in the order of the report.
 
     HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); variants
-    of flat, and BERT, against flat; ablations against HKT (with the short convolution, also against flat with it);
-    pretrained arms against the same ones from scratch, and
-    against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing shows.
+    of flat, and BERT, against flat, and HKT against them; ablations against HKT (with the short convolution, also against
+    flat with it); pretrained arms against the same ones from scratch, and against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing shows.
     """
     found: list[Comparison] = []
 
@@ -138,6 +137,9 @@ def comparisons(section: Section) -> list[Comparison]:
     for arm in section.arms:
         if arm.kind == "flat variant" or arm.name == "bert":
             compare(arm, section.arm("flat", arm.positions or "absolute"))
+    for arm in section.arms:
+        if arm.final and (arm.kind == "flat variant" or arm.name == "bert"):
+            compare(section.arm("hkt", arm.positions or "absolute"), arm)
     for arm in section.arms:
         if arm.kind == "hkt ablation":
             compare(arm, section.arm("hkt", arm.positions))
