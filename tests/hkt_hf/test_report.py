@@ -318,7 +318,7 @@ def test_which_arms_are_compared():
         ("hkt-pretrained (absolute)", "flat-pretrained (absolute)"),
         ("hkt-pretrained (RoPE)", "flat-pretrained (RoPE)"),
     ]
-    assert [item.is_papers for item in found] == [True] * 2 + [False] * 13
+    assert [item.is_papers for item in found] == [True] * 2 + [False] * 16
 
 
 def test_the_search_and_the_hours():
