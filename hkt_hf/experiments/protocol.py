@@ -19,9 +19,9 @@ class Setting:
     """One point of the grid.
 
     Args:
-        learning_rate (`float`): peak of the schedule, above 0.
+        learning_rate (`float`): peak of the schedule, in (0, 1).
         hidden_dropout (`float`): of embeddings, attention output, feed-forward output and classifier, in [0, 1).
-        weight_decay (`float`): of AdamW, at least 0.
+        weight_decay (`float`): of AdamW, in [0, 1).
 
     Raises:
         ValueError: a value out of range.
@@ -32,14 +32,11 @@ class Setting:
     weight_decay: float
 
     def __post_init__(self):
-        for name, low, high in (
-            ("learning_rate", 0, 1),
-            ("hidden_dropout", -1e-9, 1),
-            ("weight_decay", -1e-9, 1),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-                raise ValueError(f"`{name}` must be a number in [0, 1), and a learning rate not 0, got {value!r}")
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be a number in [0, 1), got {value!r}")
+        if self.learning_rate == 0:
+            raise ValueError("`learning_rate` must be greater than 0, got 0")
 
     def __str__(self):
         return f"lr{self.learning_rate:g}-dropout{self.hidden_dropout:g}-decay{self.weight_decay:g}"
