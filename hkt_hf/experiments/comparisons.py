@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from . import statistics
-from .records import POSITION_TITLES, PRETRAINED, Arm, Section
+from .records import POSITION_TITLES, PRETRAINED, ArmRuns, Section
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Comparison:
     """One arm against another. Values are test accuracies in percent, differences in percentage points.
 
     Args:
-        treated, control (`Arm`): the control is subtracted.
+        treated, control (`ArmRuns`): the control is subtracted.
         task (`str`): for the paper's result.
         remark (`str`): what to say beside the names.
         is_main (`bool`): HKT against flat attention; these are in the short table.
         is_papers (`bool`): the comparison that the paper made.
     """
 
-    treated: Arm
-    control: Arm
+    treated: ArmRuns
+    control: ArmRuns
     task: str
     remark: str = ""
     is_main: bool = False
@@ -63,14 +63,14 @@ class Comparison:
         return sorted(self.treated.finished.keys() & self.control.finished.keys())
 
     @property
-    def unpaired(self) -> Iterator[tuple[int, Arm]]:
+    def unpaired(self) -> Iterator[tuple[int, ArmRuns]]:
         """Seeds of either arm that the other one lacks, or that did not finish, each with the arm that lacks it."""
         for seed in sorted(self.treated.final.keys() | self.control.final.keys()):
             for arm in (self.treated, self.control):
                 if seed not in arm.finished:
                     yield seed, arm
 
-    def accuracies(self, arm: Arm) -> list[float]:
+    def accuracies(self, arm: ArmRuns) -> list[float]:
         """Test accuracies of the paired seeds in percent."""
         return [100 * arm.finished[seed]["test_accuracy"] for seed in self.seeds]
 
@@ -125,7 +125,7 @@ def comparisons(section: Section) -> list[Comparison]:
     """
     found: list[Comparison] = []
 
-    def compare(treated: Arm, control: Arm, **options) -> None:
+    def compare(treated: ArmRuns, control: ArmRuns, **options) -> None:
         if treated.final or (options.get("is_main") and control.final):
             found.append(Comparison(treated, control, section.task, **options))
 
@@ -154,7 +154,7 @@ def comparisons(section: Section) -> list[Comparison]:
     return found
 
 
-def strongest_flat(section: Section) -> Arm | None:
+def strongest_flat(section: Section) -> ArmRuns | None:
     """Of flat, its variants and BERT, with any positions and not pretrained, the arm to beat.
 
     It is chosen by the mean validation accuracy of its final runs, never by the test split. Of equal ones the first in

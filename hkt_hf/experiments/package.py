@@ -8,14 +8,14 @@ from pathlib import Path
 from ..files import replacing
 from ..hub import release_files
 from .arms import parse_arm
-from .records import FINISHED, Arm, Section, read_records, sections
+from .records import FINISHED, ArmRuns, Section, read_records, sections
 from .report import accuracy_table, gain_table
 
 
 CARD = "README.md"
 
 
-def best_run(section: Section) -> tuple[Arm, dict]:
+def best_run(section: Section) -> tuple[ArmRuns, dict]:
     """The finished final run of HKT with the best validation accuracy, of arms that a configuration describes whole.
 
     Args:
@@ -78,7 +78,7 @@ def package_best(results: str | Path, runs: str | Path, task: str, protocol: str
     return path
 
 
-def _comparison(section: Section, arm: Arm, record: dict) -> list[str]:
+def _comparison(section: Section, arm: ArmRuns, record: dict) -> list[str]:
     accuracy = 100 * record["test_accuracy"]
     count = sum(run["status"] == FINISHED for run in arm.final.values())
     return [

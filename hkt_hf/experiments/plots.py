@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 
 from .comparisons import PAPER_RESULTS, comparisons
-from .records import POSITION_TITLES, Arm, Section
+from .records import POSITION_TITLES, ArmRuns, Section
 
 
 matplotlib.use("Agg")
@@ -63,7 +63,7 @@ def gains(parts: Sequence[Section]):
     return figure
 
 
-def curves(section: Section, arms: Sequence[Arm]):
+def curves(section: Section, arms: Sequence[ArmRuns]):
     """Validation accuracy by step: a panel a type of positions; the mean of the seeds thick, each seed thin.
 
     The mean is taken at the steps that all finished seeds have.
@@ -96,7 +96,7 @@ def curves(section: Section, arms: Sequence[Arm]):
     return figure
 
 
-def level_weights(section: Section, arm: Arm):
+def level_weights(section: Section, arm: ArmRuns):
     """Level weights over training: a panel a layer (rows) and head (columns), a line a level.
 
     Lines are means over the seeds, bands reach from the smallest to the largest seed: heads of different seeds have

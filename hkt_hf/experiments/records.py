@@ -200,7 +200,7 @@ def _names(keys: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmRuns:
     """All runs of one arm with one type of positions, on one task under one protocol.
 
     Args:
@@ -326,7 +326,7 @@ class Section:
 
     task: str
     protocol: str
-    arms: Sequence[Arm]
+    arms: Sequence[ArmRuns]
 
     @property
     def title(self) -> str:
@@ -343,9 +343,11 @@ class Section:
         """Records of all arms."""
         return [record for arm in self.arms for record in arm.records]
 
-    def arm(self, name: str, positions: str | None) -> Arm:
+    def arm(self, name: str, positions: str | None) -> ArmRuns:
         """The arm of this name and positions; one without runs if there is none."""
-        return next((arm for arm in self.arms if (arm.name, arm.positions) == (name, positions)), Arm(name, positions))
+        return next(
+            (arm for arm in self.arms if (arm.name, arm.positions) == (name, positions)), ArmRuns(name, positions)
+        )
 
     def distinct(self, key: str) -> list:
         """The different values of a key in the records that have one, the most frequent first."""
@@ -358,11 +360,11 @@ _ORDER = ("flat", "flat variant", "hkt", "hkt ablation", "pretrained", "peer")
 
 def sections(records: Sequence[dict]) -> list[Section]:
     """Put records together: tasks and protocols in a fixed order, in each the flat arms first and the peers last."""
-    found: dict[tuple[str, str], dict[tuple[str, str | None], Arm]] = {}
+    found: dict[tuple[str, str], dict[tuple[str, str | None], ArmRuns]] = {}
     for record in sorted(records, key=lambda record: (record["seed"], repr(_run(record)))):
         arms = found.setdefault((record["task"], record["protocol"]), {})
         key = record["arm"], record["position_embedding_type"]
-        arm = arms.setdefault(key, Arm(*key))
+        arm = arms.setdefault(key, ArmRuns(*key))
         if record["stage"] == "final":
             arm.final[record["seed"]] = record
         else:
@@ -375,6 +377,6 @@ def sections(records: Sequence[dict]) -> list[Section]:
     ]
 
 
-def _arm_order(arm: Arm) -> tuple:
+def _arm_order(arm: ArmRuns) -> tuple:
     natural = [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", arm.name)]
     return _ORDER.index(arm.kind), natural, str(arm.positions)

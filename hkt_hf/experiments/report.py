@@ -15,7 +15,7 @@ from .records import (
     SETTING_KEYS,
     STAGES,
     TASK_TITLES,
-    Arm,
+    ArmRuns,
     Section,
     read_records,
     search_loss,
@@ -152,7 +152,7 @@ def _figures(parts: Sequence[Section]) -> dict[str, Callable[[], object]]:
     return figures
 
 
-def curve_arms(section: Section) -> list[Arm]:
+def curve_arms(section: Section) -> list[ArmRuns]:
     """The arms whose learning curves are drawn: flat and its variants, HKT, and both pretrained."""
     return [arm for arm in section.arms if arm.finished and arm.kind in ("flat", "flat variant", "hkt", "pretrained")]
 
@@ -213,7 +213,7 @@ def accuracy_table(section: Section) -> list[str]:
     return [*table(header, rows), *([""] if remarks else []), *remarks]
 
 
-def _mean_cell(arm: Arm) -> str:
+def _mean_cell(arm: ArmRuns) -> str:
     """Mean and standard deviation over the finished seeds, how many if not all; why there are none."""
     if not arm.finished:
         return "; ".join(_reasons(arm))
@@ -225,7 +225,7 @@ def _mean_cell(arm: Arm) -> str:
     return cell if len(values) == len(arm.final) else f"{cell} ({len(values)} of {len(arm.final)})"
 
 
-def _reasons(arm: Arm) -> list[str]:
+def _reasons(arm: ArmRuns) -> list[str]:
     """Each different reason once, e.g. `FAIL (out of memory)`."""
     return list(
         dict.fromkeys(
@@ -236,7 +236,7 @@ def _reasons(arm: Arm) -> list[str]:
     )
 
 
-def _failures(arm: Arm) -> list[str]:
+def _failures(arm: ArmRuns) -> list[str]:
     """A line a reason, where some seeds finished and others did not."""
     if not arm.finished:
         return []
@@ -257,7 +257,7 @@ def _cost_table(section: Section) -> list[str]:
     if not arms:
         return ["No final run has finished."]
 
-    def each(arm: Arm, text: Callable[[dict], str]) -> str:
+    def each(arm: ArmRuns, text: Callable[[dict], str]) -> str:
         return "; ".join(dict.fromkeys(text(record) for record in arm.finished.values()))
 
     rows = []
@@ -419,7 +419,7 @@ def _level_weights(section: Section) -> list[str]:
     return [*lines, *([f"Of other arms: {', '.join(others)}.", ""] if others else [])]
 
 
-def _level_weights_file(section: Section, arm: Arm) -> str:
+def _level_weights_file(section: Section, arm: ArmRuns) -> str:
     return f"{section.slug}_level_weights_{arm.slug}.png"
 
 
