@@ -4,7 +4,8 @@ import argparse
 import os
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -45,13 +46,23 @@ def run_reproduce(options: argparse.Namespace, overrides: Sequence[str]) -> None
     protocol = load_protocol(options.task, options.protocol, overrides, arms=options.arms, seeds=options.seeds)
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     command = shlex.join(["hkt", *options.words])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes of the runs are ended, too
     sweep = Sweep(protocol, options.results, options.runs, threads=threads, command=command)
-    outcome = reproduce(sweep, options.jobs)
+    with _termination_as_interruption():
+        outcome = reproduce(sweep, options.jobs)
     lost = [f"{run.arm} {run.name}" for run in [*outcome["failed"], *outcome["left_out"]]]
     print(f"{len(outcome['finished'])} runs finished; records: {sweep.results}")
     if lost:
         raise ValueError(f"{len(lost)} runs failed or need one that did: {', '.join(lost)}; logs: {sweep.folders}")
+
+
+@contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C, which ends the processes of the runs, too."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def add_report_parser(commands) -> None:
