@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,3 +32,9 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, values: object) -> None:
     """[`write_text`] of indented JSON."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_record(path: str | Path, values: Mapping[str, object]) -> None:
+    """[`write_text`] of a JSON object with one line a key, for values of many numbers."""
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")

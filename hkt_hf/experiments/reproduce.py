@@ -20,7 +20,7 @@ from ..tokenization import build_tokenizer
 from .arms import model_fields, parse_arm, setting_source
 from .protocol import Protocol, Setting
 from .records import FAILED, FINISHED, search_loss
-from .run import RunSpecification, write_record, write_specification
+from .run import RunSpecification, record_run, write_specification
 
 
 logger = logging.getLogger(__name__)
@@ -146,9 +146,7 @@ class Sweep:
         if self.chosen_setting(run.arm) is not None:
             return None
         first = self.record(self._search(setting_source(run.arm))[0])
-        write_record(
-            self.specification(run), {"status": first["status"], "reason": f"in its search: {first['reason']}"}
-        )
+        record_run(self.specification(run), {"status": first["status"], "reason": f"in its search: {first['reason']}"})
         return first["status"]
 
     def specification(self, run: Run) -> RunSpecification:
@@ -323,7 +321,7 @@ def _finish(sweep: Sweep, run: Run, returncode: int) -> str:
     record = sweep.record(run)
     if returncode or record is None:
         reason = f"the process ended with exit status {returncode}"
-        record = write_record(sweep.specification(run), {"status": FAILED, "reason": reason})
+        record = record_run(sweep.specification(run), {"status": FAILED, "reason": reason})
     if record["status"] != FINISHED:
         logger.error("%s %s: %s (%s)", run.arm, run.name, record["reason"], log)
     else:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from ..benchmark.measurement import NotAvailableError
 from ..config import build_experiment
-from ..files import write_json
+from ..files import write_json, write_record
 from ..modeling import HKTConfig
 from ..training import METRICS_FILE, build_model_and_tokenizer, train
 from .arms import ROPE_SUFFIX, arm_padding, build_arm, count_flops, parse_arm
@@ -106,10 +106,10 @@ def execute(specification: RunSpecification) -> dict[str, Any]:
         logging.getLogger(__name__).exception("%s failed", specification.record)
         status = NOT_AVAILABLE if isinstance(error, NotAvailableError) else FAILED
         measured = {"status": status, "reason": f"{type(error).__name__}: {error}"}
-    return write_record(specification, measured)
+    return record_run(specification, measured)
 
 
-def write_record(specification: RunSpecification, measured: Mapping[str, Any]) -> dict[str, Any]:
+def record_run(specification: RunSpecification, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Write the record of a run, as [`~hkt_hf.experiments.records.check_record`] describes it.
 
     Args:
@@ -144,7 +144,7 @@ def write_record(specification: RunSpecification, measured: Mapping[str, Any]) -
     }
     path = Path(specification.record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    write_record(path, record)
     return record
 
 

@@ -19,7 +19,7 @@ from hkt_hf.experiments import arms
 from hkt_hf.experiments.arms import ARMS, build_arm, count_flops, model_fields, parse_arm, setting_source
 from hkt_hf.experiments.protocol import PROTOCOLS, TASKS, load_protocol
 from hkt_hf.experiments.reproduce import Run, Sweep, reproduce
-from hkt_hf.experiments.run import execute, write_record
+from hkt_hf.experiments.run import execute, record_run
 from hkt_hf.modeling import HKTConfig
 
 
@@ -319,7 +319,7 @@ def test_what_fails_or_is_missing_is_written_out(tmp_path, monkeypatch):
                 measured = {"validation_loss": 1.0, "validation_accuracy": 0.2, "test_accuracy": 0.2, "seconds": 1}
                 status = "finished" if isinstance(status, int) else status
                 reason = None if status == "finished" else "no luck"
-                write_record(sweep.specification(run), {"status": status, "reason": reason, **measured})
+                record_run(sweep.specification(run), {"status": status, "reason": reason, **measured})
 
         def poll(self):
             return self.returncode
