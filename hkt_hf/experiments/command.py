@@ -19,14 +19,22 @@ def add_reproduce_parser(commands) -> None:
         "a JSON record; finished runs are kept, interrupted ones go on. Options --section.key VALUE change the file, "
         "e.g. --data.path data/imdb. `hkt report` makes tables and plots of the records.",
     )
-    parser.add_argument("task", choices=("listops", "cifar10", "imdb"))
-    parser.add_argument("--protocol", choices=("cpu", "paper"), required=True, help="cut down for a CPU, or in full")
+    _add_experiment_arguments(parser)
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="flat, hkt-rope, ...; default: all of the protocol")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: those of the protocol")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; default: 1")
     parser.add_argument("--threads", type=int, help="threads of each run; default: the cores shared out")
-    parser.add_argument("--results", type=Path, default=Path("results/reproduce"), help="default: results/reproduce")
-    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="default: runs/reproduce")
+
+
+def _add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", choices=("listops", "cifar10", "imdb"))
+    parser.add_argument("--protocol", choices=("cpu", "paper"), required=True, help="cut down for a CPU, or in full")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/reproduce"), help="folder of the records; default: %(default)s"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/reproduce"), help="folder of the checkpoints; default: %(default)s"
+    )
 
 
 def run_reproduce(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -108,10 +116,7 @@ def add_package_parser(commands) -> None:
         description="Of the final runs of HKT, the one with the best validation accuracy: weights, code, tokenizer, and a "
         "card with what all arms measured, as TASK-PROTOCOL.tar.gz.",
     )
-    package.add_argument("task", choices=("listops", "cifar10", "imdb"))
-    package.add_argument("--protocol", choices=("cpu", "paper"), required=True)
-    package.add_argument("--results", type=Path, default=Path("results/reproduce"), help="default: %(default)s")
-    package.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="default: %(default)s")
+    _add_experiment_arguments(package)
     package.add_argument("--output", type=Path, default=Path("results/checkpoints"), help="default: %(default)s")
 
 
