@@ -44,14 +44,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Search:
-    """The grid, which every arm that is searched goes through whole.
+    """The grid, which every arm that is searched goes through whole, and how it chooses.
+
+    Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) in two rounds: short runs of all settings, then full ones
+    of the few that did best. What wins a short run need not win a long one, the learning rate above all.
 
     Args:
         learning_rate (sequence of `float`): values to try.
         hidden_dropout (sequence of `float`): values to try.
         weight_decay (sequence of `float`): values to try.
         seed (`int`): seed of these runs; not one of the final runs.
-        training (mapping): fields of `TrainingArguments` that differ from the final runs, e.g. fewer steps.
+        training (mapping): fields of `TrainingArguments` in which the short runs differ from the final ones, e.g. fewer
+            steps.
+        finalists (`int`, *optional*, defaults to 0): so many learning rates, each with the dropout and decay that did
+            best with it, are trained once more for as long as a final run; 0: the short runs decide.
     """
 
     learning_rate: Sequence[float]
@@ -59,6 +65,7 @@ class Search:
     weight_decay: Sequence[float]
     seed: int
     training: Mapping[str, Any]
+    finalists: int = 0
 
     def settings(self) -> list[Setting]:
         """All points of the grid, the last field changing fastest."""
@@ -114,6 +121,11 @@ class Protocol:
                 raise ValueError(f"`search.seed` ({self.search.seed}) must not be one of `seeds` {list(seeds)}")
         if not self.search.settings():
             raise ValueError("`search` must name at least one value for each of its fields")
+        finalists, rates = self.search.finalists, len(set(self.search.learning_rate))
+        if isinstance(finalists, bool) or not isinstance(finalists, int) or not 0 <= finalists <= rates:
+            raise ValueError(
+                f"`search.finalists` must be an integer from 0 to the number of learning rates ({rates}), got {finalists!r}"
+            )
 
     def seeds_of(self, arm: str) -> Sequence[int]:
         """Seeds of an arm's final runs."""

@@ -14,7 +14,8 @@ import numpy as np
 TASK_TITLES = {"listops": "ListOps", "cifar10": "sequential CIFAR-10", "imdb": "character IMDB"}
 PROTOCOLS = ("cpu", "paper")
 POSITION_TITLES = {"absolute": "absolute", "rope": "RoPE", None: ""}
-STAGES = ("pretraining", "search", "final")
+SEARCH_STAGES = ("search", "finalist")
+STAGES = ("pretraining", *SEARCH_STAGES, "final")
 FINISHED, FAILED, NOT_AVAILABLE = "finished", "failed", "not_available"
 SETTING_KEYS = ("learning_rate", "hidden_dropout", "weight_decay")
 PRETRAINED = "-pretrained"
@@ -106,7 +107,8 @@ def check_record(record: object, path: str | Path) -> None:
     """Check that what a file holds is the record of a run.
 
     Keys of all: `task`, `protocol`, `arm`, `num_levels`, `position_embedding_type` (`None` for models of other kinds),
-    `stage` (`"pretraining"`; `"search"`: chooses the setting; `"final"`), `seed`, `setting` (learning_rate,
+    `stage` (`"pretraining"`; `"search"` and `"finalist"`: the short and the full runs that choose the setting; `"final"`),
+    `seed`, `setting` (learning_rate,
     hidden_dropout, weight_decay; `None` for pretraining), `status` with `reason`, `validation_accuracy`, `test_accuracy`
     (of finished final runs alone), `config`, `pretraining` (steps, seconds and masked_accuracy of what the run began
     from) and `threads`.
@@ -175,12 +177,22 @@ def _check_types(record: dict, path: str | Path, wanted: dict) -> None:
             raise ValueError(f"{path}: `{key}` must be {names}, got {str(record[key])[:80]!r}")
 
 
-def search_loss(records: Sequence[dict]) -> float:
-    """What a search minimizes: the mean validation loss of a setting's finished runs.
+def best_record(records: Iterable[dict]) -> dict | None:
+    """The finished run of a search with the lowest validation loss, the first of equal ones; `None` if none finished.
 
-    Not the accuracy: after the few steps of a search run its noise is larger than what tells the settings apart.
+    Not by accuracy: after the few steps of a search run its noise is larger than what tells the settings apart.
     """
-    return sum(record["validation_loss"] for record in records) / len(records)
+    finished = [record for record in records if record["status"] == FINISHED]
+    return min(finished, key=lambda record: record["validation_loss"], default=None)
+
+
+def finalists(records: Iterable[dict], count: int) -> list[dict]:
+    """Of the `count` learning rates whose [`best_record`] has the lowest loss that record, the lowest loss first."""
+    by_rate: dict[float, list[dict]] = {}
+    for record in records:
+        by_rate.setdefault(record["setting"]["learning_rate"], []).append(record)
+    best = [record for record in map(best_record, by_rate.values()) if record is not None]
+    return sorted(best, key=lambda record: record["validation_loss"])[:count]
 
 
 def setting_of(record: dict) -> tuple[float, ...]:
@@ -190,7 +202,7 @@ def setting_of(record: dict) -> tuple[float, ...]:
 
 def _run(record: dict) -> tuple:
     """What tells a run from the others. A final run is known by its seed: its setting has been chosen."""
-    setting = setting_of(record) if record["stage"] == "search" else ()
+    setting = setting_of(record) if record["stage"] in SEARCH_STAGES else ()
     keys = ("task", "protocol", "arm", "position_embedding_type", "stage", "seed")
     return (*(record[key] for key in keys), setting)
 
@@ -207,7 +219,8 @@ class ArmRuns:
         name (`str`): as in the records, e.g. `"hkt"`.
         positions (`str`, *optional*): `"absolute"` or `"rope"`; `None` for models of other kinds.
         final (`dict[int, dict]`): seed to record, in the order of seeds.
-        search (`list[dict]`): records of the search.
+        search (`list[dict]`): records of the short runs of the search.
+        finalists (`list[dict]`): records of its full runs.
         pretraining (`list[dict]`): records of masked-LM pretraining that runs of this arm began from.
     """
 
@@ -215,6 +228,7 @@ class ArmRuns:
     positions: str | None
     final: dict[int, dict] = field(default_factory=dict)
     search: list[dict] = field(default_factory=list)
+    finalists: list[dict] = field(default_factory=list)
     pretraining: list[dict] = field(default_factory=list)
 
     @property
@@ -256,24 +270,10 @@ class ArmRuns:
         seconds = sum(record.get("step_seconds") or record["seconds"] for record in records)
         return sum(record["tokens"] for record in records) / seconds
 
-    def settings(self) -> dict[tuple, list[dict]]:
-        """Setting to the records of the search that tried it, in the order of settings."""
-        tried: dict[tuple, list[dict]] = {}
-        for record in self.search:
-            tried.setdefault(setting_of(record), []).append(record)
-        return dict(sorted(tried.items()))
-
-    def best_setting(self) -> tuple[tuple, list[dict]] | None:
-        """The setting of the search with the lowest [`search_loss`], and its records.
-
-        Only settings of which all runs finished count; of equal ones the first in the order of [`settings`].
-        """
-        finished = {
-            setting: records
-            for setting, records in self.settings().items()
-            if all(record["status"] == FINISHED for record in records)
-        }
-        return min(finished.items(), key=lambda item: search_loss(item[1]), default=None)
+    @property
+    def chosen(self) -> dict | None:
+        """The run whose setting the search chose: the [`best_record`] of the full runs, or without any of the short ones."""
+        return best_record(self.finalists or self.search)
 
     @cached_property
     def level_weights(self) -> tuple[list[int], np.ndarray] | None:
@@ -317,7 +317,7 @@ class ArmRuns:
     @property
     def records(self) -> list[dict]:
         """Records of all stages."""
-        return [*self.pretraining, *self.search, *self.final.values()]
+        return [*self.pretraining, *self.search, *self.finalists, *self.final.values()]
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ def sections(records: Sequence[dict]) -> list[Section]:
         if record["stage"] == "final":
             arm.final[record["seed"]] = record
         else:
-            (arm.search if record["stage"] == "search" else arm.pretraining).append(record)
+            {"search": arm.search, "finalist": arm.finalists, "pretraining": arm.pretraining}[record["stage"]].append(record)
     return [
         Section(task, protocol, sorted(found[task, protocol].values(), key=_arm_order))
         for task in TASK_TITLES

@@ -18,7 +18,6 @@ from .records import (
     ArmRuns,
     Section,
     read_records,
-    search_loss,
     sections,
     setting_of,
 )
@@ -370,41 +369,61 @@ def _unpaired(found: Sequence[Comparison]) -> list[str]:
 
 
 def _search_table(section: Section) -> list[str]:
+    arms = [arm for arm in section.arms if arm.search]
+    if not arms:
+        return ["No search: the settings of the final runs were given."]
     rows, remarks = [], []
-    for arm in section.arms:
-        tried = arm.settings()
-        if not tried:
-            continue
-        finished = sum(all(record["status"] == FINISHED for record in records) for records in tried.values())
-        best = arm.best_setting()
-        values = [
-            f"{name} {', '.join(f'{value:g}' for value in sorted(set(of_all)))}"
-            for name, of_all in zip(_SETTING_NAMES.values(), zip(*tried, strict=True), strict=True)
-        ]
+    for arm in arms:
+        finished = sum(record["status"] == FINISHED for record in arm.search)
+        tried = [sorted(set(values)) for values in zip(*map(setting_of, arm.search), strict=True)]
+        chosen = arm.chosen
         rows.append(
             [
                 arm.name,
                 POSITION_TITLES[arm.positions],
-                str(len(tried)) if finished == len(tried) else f"{len(tried)} ({finished} finished)",
-                "; ".join(values),
-                "" if best is None else _setting(best[0]),
-                "" if best is None else f"{search_loss(best[1]):.4f}",
-                "" if best is None else f"{100 * _mean([each['validation_accuracy'] for each in best[1]]):.2f}",
+                str(len(arm.search)) if finished == len(arm.search) else f"{len(arm.search)} ({finished} finished)",
+                "; ".join(
+                    f"{name} {', '.join(f'{value:g}' for value in values)}"
+                    for name, values in zip(_SETTING_NAMES.values(), tried, strict=True)
+                ),
+                "; ".join(map(_finalist, arm.finalists)) or "-",
+                "" if chosen is None else _setting(setting_of(chosen)),
+                "" if chosen is None else f"{chosen['validation_loss']:.4f}",
+                "" if chosen is None else f"{100 * chosen['validation_accuracy']:.2f}",
             ]
         )
-        others: dict[tuple, list[int]] = {}
-        for seed, record in arm.final.items():
-            used = setting_of(record)
-            if best is not None and used != best[0] and record["status"] != NOT_AVAILABLE:
-                others.setdefault(used, []).append(seed)
-        remarks += [
-            f"- {arm.label}, {_seeds(seeds)}: the final runs have another setting, {_setting(used)}."
-            for used, seeds in others.items()
-        ]
-    if not rows:
-        return ["No search: the settings of the final runs were given."]
-    header = ["arm", "positions", "settings tried", "values", "best setting", "validation loss", "accuracy, %"]
-    return [*table(header, rows), *([""] if remarks else []), *remarks]
+        if chosen is not None:
+            remarks += [*_edge(arm, chosen, tried[0]), *_other_settings(arm, chosen)]
+    header = ["arm", "positions", "settings tried", "values", "full runs: loss", "chosen"]
+    lines = [
+        "Validation losses. Short runs of all settings; where there are full runs, they decide, else the short ones.",
+        "",
+        *table([*header, "validation loss", "accuracy, %"], rows),
+    ]
+    return [*lines, *([""] if remarks else []), *remarks]
+
+
+def _finalist(record: dict) -> str:
+    loss = f"{record['validation_loss']:.4f}" if record["status"] == FINISHED else _STATUS_WORDS[record["status"]]
+    return f"{_setting(setting_of(record))}: {loss}"
+
+
+def _edge(arm: ArmRuns, chosen: dict, rates: Sequence[float]) -> list[str]:
+    rate = chosen["setting"]["learning_rate"]
+    if len(rates) < 2 or rates[0] < rate < rates[-1]:
+        return []
+    return [f"- {arm.label}: lr {rate:g} is the {'smallest' if rate == rates[0] else 'largest'} that was tried."]
+
+
+def _other_settings(arm: ArmRuns, chosen: dict) -> list[str]:
+    others: dict[tuple, list[int]] = {}
+    for seed, record in arm.final.items():
+        if setting_of(record) != setting_of(chosen) and record["status"] != NOT_AVAILABLE:
+            others.setdefault(setting_of(record), []).append(seed)
+    return [
+        f"- {arm.label}, {_seeds(seeds)}: the final runs have another setting, {_setting(used)}."
+        for used, seeds in others.items()
+    ]
 
 
 def _level_weights(section: Section) -> list[str]:
@@ -424,7 +443,7 @@ def _level_weights_file(section: Section, arm: ArmRuns) -> str:
 
 
 def _hours_table(parts: Sequence[Section]) -> list[str]:
-    rows, totals = [], [0.0, 0.0, 0.0]
+    rows, totals = [], [0.0] * len(STAGES)
     for section in parts:
         seconds = [_stage_seconds(section, stage) for stage in STAGES]
         rows.append([TASK_TITLES[section.task], section.protocol, *_hours(seconds), str(len(section.records))])

@@ -19,13 +19,14 @@ from ..objectives import MaskedLM
 from ..tokenization import build_tokenizer
 from .arms import model_fields, parse_arm, setting_source
 from .protocol import Protocol, Setting
-from .records import FAILED, FINISHED, search_loss
+from .records import FAILED, FINISHED, SEARCH_STAGES, best_record, finalists
 from .run import RunSpecification, record_run, write_specification
 
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+IN_SEARCH = "in its search: "
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,25 @@ class Run:
 
     Args:
         arm (`str`): as in [`~hkt_hf.experiments.arms.parse_arm`]; of pretraining, the arm that begins from it.
-        stage (`str`): `"pretraining"`, `"search"` or `"final"`.
+        stage (`str`): `"pretraining"`, `"search"`, `"finalist"` or `"final"`.
         seed (`int`): of the run.
-        setting ([`~hkt_hf.experiments.protocol.Setting`], *optional*): of a search run; a final run has the one that the
-            search chose.
+        setting ([`~hkt_hf.experiments.protocol.Setting`], *optional*): of a short search run; that of a finalist follows
+            from those, and that of a final run from the finalists.
+        rank (`int`, *optional*): of a finalist, from 1 for the lowest loss of the short runs.
     """
 
     arm: str
     stage: str
     seed: int
     setting: Setting | None = None
+    rank: int | None = None
 
     @property
     def name(self) -> str:
         """Name of the record's file, without its ending."""
-        return f"search-{self.setting}" if self.stage == "search" else f"{self.stage}-seed{self.seed}"
+        if self.stage in SEARCH_STAGES:
+            return f"{self.stage}-{self.setting or self.rank}"
+        return f"{self.stage}-seed{self.seed}"
 
 
 class Sweep:
@@ -73,7 +78,7 @@ class Sweep:
         self.command = command
         # Before anything is run: data that can't be used end it here, and later processes find them prepared.
         self.task: TaskData = load_data(protocol.base_config().data)
-        self._check_records()
+        self.check_records()
 
     def runs(self) -> list[Run]:
         """All runs, in the order of the protocol's arms."""
@@ -89,7 +94,9 @@ class Sweep:
     def _search(self, arm: str) -> list[Run]:
         if setting_source(arm) != arm:
             return []
-        return [Run(arm, "search", self.protocol.search.seed, each) for each in self.protocol.search.settings()]
+        search = self.protocol.search
+        short = [Run(arm, "search", search.seed, setting) for setting in search.settings()]
+        return [*short, *(Run(arm, "finalist", search.seed, rank=rank + 1) for rank in range(search.finalists))]
 
     def _final(self, arm: str) -> list[Run]:
         return [Run(arm, "final", seed) for seed in self.protocol.seeds_of(arm)]
@@ -101,11 +108,13 @@ class Sweep:
 
     def needs(self, run: Run) -> list[Run]:
         """The runs that must be finished before this one."""
-        if run.stage == "search":
-            return self._pretraining(run)
-        if run.stage == "final":
-            return [*self._pretraining(run), *self._search(setting_source(run.arm))]
-        return []
+        searched = self._search(setting_source(run.arm))
+        before = {
+            "search": [],
+            "finalist": [other for other in searched if other.stage == "search"],
+            "final": searched,
+        }
+        return [*self._pretraining(run), *before.get(run.stage, [])]
 
     def record_path(self, run: Run) -> Path:
         """File of a run's record."""
@@ -130,30 +139,42 @@ class Sweep:
             return all(self.is_finished(other) for other in self.runs() if run in self.needs(other))
         return True
 
-    def chosen_setting(self, arm: str) -> Setting | None:
-        """The setting with the lowest [`~hkt_hf.experiments.records.search_loss`]; `None` where no run finished."""
-        records = [(run, self.record(run)) for run in self._search(setting_source(arm))]
-        finished = [(run, record) for run, record in records if record is not None and record["status"] == FINISHED]
-        best, _ = min(finished, key=lambda pair: search_loss([pair[1]]), default=(None, None))
-        return None if best is None else best.setting
+    def setting(self, run: Run) -> Setting | None:
+        """The point of the grid that a run has; `None` where no run that could tell it finished, and for pretraining."""
+        if run.stage in ("pretraining", "search"):
+            return run.setting
+        searched = {stage: self._searched(run.arm, stage) for stage in SEARCH_STAGES}
+        if run.stage == "finalist":
+            found = finalists(searched["search"], run.rank)[run.rank - 1 :]
+            best = found[0] if found else None
+        else:
+            best = best_record(searched["finalist"] if self.protocol.search.finalists else searched["search"])
+        return None if best is None else Setting(**best["setting"])
+
+    def _searched(self, arm: str, stage: str) -> list[dict[str, Any]]:
+        """Records of the search that an arm takes its setting from."""
+        records = [self.record(run) for run in self._search(setting_source(arm)) if run.stage == stage]
+        return [record for record in records if record is not None]
 
     def give_up(self, run: Run) -> str | None:
-        """Record a final run that can't be done because no run of its search finished, with the search's reason.
+        """Record a run that can't be done because what would give its setting did not finish, with the reason of that.
 
         Returns:
             `str` or `None`: its status, that of the search; `None` where there is a setting to run with.
         """
-        if self.chosen_setting(run.arm) is not None:
+        if self.setting(run) is not None:
             return None
-        first = self.record(self._search(setting_source(run.arm))[0])
-        record_run(self.specification(run), {"status": first["status"], "reason": f"in its search: {first['reason']}"})
+        searched = [record for stage in SEARCH_STAGES for record in self._searched(run.arm, stage)]
+        first = next(record for record in searched if record["status"] != FINISHED)
+        reason = first["reason"].removeprefix(IN_SEARCH)
+        record_run(self.specification(run), {"status": first["status"], "reason": IN_SEARCH + reason})
         return first["status"]
 
     def specification(self, run: Run) -> RunSpecification:
         """What the process of a run is told; its search must be over."""
-        setting = run.setting
-        if run.stage == "final":
-            setting = self.chosen_setting(run.arm) or self.protocol.search.settings()[0]
+        setting = self.setting(run)
+        if setting is None and run.stage != "pretraining":  # nothing to run with, but for a record that says so
+            setting = self.protocol.search.settings()[0]
         pretraining = self._pretraining(run)
         return RunSpecification(
             task=self.protocol.task,
@@ -200,8 +221,12 @@ class Sweep:
             )
         return build_experiment(values).to_dict()
 
-    def _check_records(self) -> None:
-        """Refuse to go on where records were made with other data, models or training."""
+    def check_records(self) -> None:
+        """Refuse records that were made with other data, models or training than the protocol, or its search, now asks for.
+
+        Raises:
+            ValueError: names the record and what differs.
+        """
         for run in self.runs():
             record = self.record(run)
             if record is None or not all(self.record(needed) for needed in self.needs(run)):
@@ -235,7 +260,8 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
         `dict[str, list[Run]]`: runs by `"finished"`, `"failed"` and `"left_out"`.
 
     Raises:
-        ValueError: `jobs` below 1.
+        ValueError: `jobs` below 1, or a final run kept from before whose setting is not the one that the search, which has
+            now been finished, chose.
     """
     if jobs < 1:
         raise ValueError(f"`jobs` must be at least 1, got {jobs}")
@@ -251,7 +277,7 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
         try:
             while waiting or processes:
                 for run in [run for run in waiting if _is_ready(run, outcome, sweep)]:
-                    if run.stage == "final" and (status := sweep.give_up(run)) is not None:
+                    if run.stage in ("finalist", "final") and (status := sweep.give_up(run)) is not None:
                         waiting.remove(run)
                         outcome[FAILED if status == FAILED else FINISHED].append(run)
                         progress.update()
@@ -272,19 +298,20 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
             for process in processes.values():
                 process.wait()
             raise
+    sweep.check_records()
     return outcome
 
 
 def _is_ready(run: Run, outcome: dict[str, list[Run]], sweep: Sweep) -> bool:
     """Whether all runs it needs are over; of a search, some may have failed."""
     return all(
-        needed in outcome[FINISHED] or (needed.stage == "search" and needed in outcome[FAILED])
+        needed in outcome[FINISHED] or (needed.stage in SEARCH_STAGES and needed in outcome[FAILED])
         for needed in sweep.needs(run)
     )
 
 
 def _is_hopeless(run: Run, outcome: dict[str, list[Run]], sweep: Sweep) -> bool:
-    lost = [*outcome["left_out"], *(each for each in outcome[FAILED] if each.stage != "search")]
+    lost = [*outcome["left_out"], *(each for each in outcome[FAILED] if each.stage not in SEARCH_STAGES)]
     return any(needed in lost for needed in sweep.needs(run))
 
 

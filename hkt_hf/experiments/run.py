@@ -21,7 +21,7 @@ from ..files import write_json, write_record
 from ..modeling import HKTConfig
 from ..training import METRICS_FILE, build_model_and_tokenizer, train
 from .arms import ROPE_SUFFIX, arm_padding, build_arm, count_flops, parse_arm
-from .records import FAILED, FINISHED, NOT_AVAILABLE
+from .records import FAILED, FINISHED, NOT_AVAILABLE, SEARCH_STAGES
 
 
 CURVE_KEYS = ("step", "loss", "accuracy", "masked_accuracy", "seconds", "level_weights")
@@ -35,7 +35,7 @@ class RunSpecification:
         task (`str`): `"listops"`, `"cifar10"` or `"imdb"`.
         protocol (`str`): `"cpu"` or `"paper"`.
         arm (`str`): as in [`~hkt_hf.experiments.arms.parse_arm`].
-        stage (`str`): `"pretraining"`, `"search"` (the test split is not read) or `"final"`.
+        stage (`str`): `"pretraining"`, `"search"`, `"finalist"` or `"final"`, which alone reads the test split.
         seed (`int`): of the run.
         setting (mapping, *optional*): point of the grid; `None` for pretraining.
         config (mapping): nested values of the [`~hkt_hf.config.ExperimentConfig`]; its `output_dir` is the run's folder.
@@ -172,7 +172,7 @@ def _measure(specification: RunSpecification) -> dict[str, Any]:
         save_model=pretrains or (is_final and parse_arm(specification.arm)[0].is_checkpoint),
     )
     curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
-    if specification.stage == "search":
+    if specification.stage in SEARCH_STAGES:
         shutil.rmtree(folder)
     return {
         "validation_accuracy": report["validation"].get("accuracy"),

@@ -81,6 +81,10 @@ def search(arm, validation_accuracy, loss=1.5, **setting):
     )
 
 
+def finalist(arm, loss, **setting):
+    return search(arm, 0.55, loss, **setting) | {"stage": "finalist"}
+
+
 def pretraining(arm, seconds):
     values = record(arm, None, stage="pretraining", setting=None, validation_accuracy=None, seconds=seconds)
     del values["flops"], values["num_test"]
@@ -338,26 +342,39 @@ def test_the_search_and_the_hours():
     assert row(found, "hkt", "RoPE") == [
         "4 (3 finished)",
         "lr 0.001, 0.003; dropout 0, 0.1; decay 0.01, 0.1",
+        "-",
         "lr 0.003, dropout 0.1, decay 0.01",
         "1.2500",
         "52.00",
     ]
     assert "hkt (RoPE), seeds 0, 1, 2, 3, 4: the final runs have another setting, lr 0.001, dropout 0.1" in found
+    assert "hkt (RoPE): lr 0.003 is the largest that was tried." in found
     assert "hkt-pretrained (RoPE), seed" not in found
-    hours = part(text, "## Hours")  # pretraining, search, final, sum
-    assert row(hours, "ListOps", "cpu") == ["0.50", f"{5 * 300 / 3600:.2f}", f"{11 / 6:.2f}", "2.75", "17"]
+    hours = part(text, "## Hours")  # pretraining, search, finalist, final, sum
+    assert row(hours, "ListOps", "cpu") == ["0.50", f"{5 * 300 / 3600:.2f}", "0.00", f"{11 / 6:.2f}", "2.75", "17"]
     assert row(hours, "all", "")[-2:] == ["2.75", "17"]
     assert row(part(text, "### Cost"), "hkt-pretrained", "RoPE")[4] == "10.0 + 30.0"
 
 
-def test_the_setting_of_the_lowest_loss_is_best():
-    """As `hkt reproduce` chooses it."""
+def test_the_setting_of_the_lowest_loss_is_chosen():
+    """As `hkt reproduce` chooses it: of the short runs, or where there are some, of the full ones."""
     records = [
         search("hkt", accuracy, loss, learning_rate=rate)
         for rate, loss, accuracy in ((0.001, 1.3, 0.6), (0.003, 1.1, 0.4), (0.01, 1.2, 0.5))
     ]
     (arm,) = sections(records)[0].arms
-    assert arm.best_setting() == ((0.003, 0.1, 0.01), [records[1]])
+    assert arm.chosen == records[1]
+    full = [finalist("hkt", 1.05, learning_rate=0.003), finalist("hkt", 0.9, learning_rate=0.001)]
+    (arm,) = sections([*records, *full])[0].arms
+    assert arm.chosen == full[1]
+    found = part(markdown([*records, *full]), "### Search")
+    assert row(found, "hkt", "RoPE")[2:] == [
+        "lr 0.001, dropout 0.1, decay 0.01: 0.9000; lr 0.003, dropout 0.1, decay 0.01: 1.0500",
+        "lr 0.001, dropout 0.1, decay 0.01",
+        "0.9000",
+        "55.00",
+    ]
+    assert "hkt (RoPE): lr 0.001 is the smallest that was tried." in found
 
 
 def test_tokens_a_second_are_of_training_steps():
@@ -378,13 +395,14 @@ def test_what_hkt_reproduce_writes_is_reported(tmp_path):
         *("--training.save_steps", "1", "--training.logging_steps", "1"),
         *("--search.training", "{max_steps: 1}", "--pretraining.training", "{max_steps: 1}"),
         *("--search.learning_rate", "[1e-3]", "--search.hidden_dropout", "[0.1]", "--search.weight_decay", "[0.01]"),
+        *("--search.finalists", "1"),
     ]
     arms = ["flat-pretrained", "hkt", "hkt-levels-2"]
     sweep = Sweep(load_protocol("listops", "cpu", words, arms=arms, seeds=[0]), tmp_path, tmp_path / "runs", threads=1)
     for run in sweep.runs():
         execute(sweep.specification(run))
     records = read_records(sweep.results)
-    assert {record["status"] for record in records} == {"finished"} and len(records) == 7
+    assert {record["status"] for record in records} == {"finished"} and len(records) == 9
     text = markdown(records)
     (accuracy,) = {record["test_accuracy"] for record in records if record["arm"] == "hkt" and record["test_accuracy"]}
     assert row(part(text, "### Accuracy"), "hkt", "absolute") == [f"{100 * accuracy:.2f}"] * 2

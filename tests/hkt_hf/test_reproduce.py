@@ -35,6 +35,7 @@ TINY = [
     *("--search.training", "{max_steps: 2, eval_steps: 2, save_steps: 2}"),
     *("--pretraining.training", "{max_steps: 4, eval_steps: 2, save_steps: 2}"),
     *("--search.learning_rate", "[1e-3, 1e-2]", "--search.hidden_dropout", "[0.1]", "--search.weight_decay", "[0.01]"),
+    *("--search.finalists", "0"),
 ]
 
 
@@ -90,6 +91,7 @@ def test_protocols_are_complete(task, protocol):
         (["--seeds", "[1, 1]"], "different ones"),
         (["--arms", "[hkt-ropes]"], "hkt-rope"),
         (["--search.learning_rate", "[]"], "at least one value"),
+        (["--search.finalists", "9"], "`search.finalists` must be an integer from 0 to"),
         (["--search.hidden_dropout", "[1.5]"], "hidden_dropout"),
         (["--training.max_stepss", "3"], "max_steps"),
     ],
@@ -249,25 +251,61 @@ def test_the_packaged_checkpoint_gives_the_accuracy_of_its_card(finished, tmp_pa
     assert main(["package", "imdb", "--protocol", "cpu", *folders]) == 1
 
 
+def searched(sweep, run, loss, setting=None, status="finished"):
+    """Put down a run of a search as if it had been done."""
+    path = sweep.record_path(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {"status": status, "reason": "no luck", "validation_accuracy": 0.5, "validation_loss": loss}
+    path.write_text(json.dumps(values | {"setting": vars(setting or run.setting)}))
+
+
 def test_search_takes_the_lowest_validation_loss(tmp_path):
     sweep = tiny_sweep(tmp_path)
-    low, high = sweep.protocol.search.settings()
-    measured = {low: (0.6, 1.2), high: (0.5, 1.1)}
+    low, high = (Run("flat", "search", 100, setting) for setting in sweep.protocol.search.settings())
+    searched(sweep, low, 1.2)
+    searched(sweep, high, 1.1)
+    assert sweep.setting(Run("flat", "final", 0)) == high.setting
+    searched(sweep, low, 1.0)
+    assert sweep.setting(Run("flat", "final", 0)) == sweep.setting(Run("flat-wide-flops", "final", 0)) == low.setting
+    assert sweep.setting(Run("hkt", "final", 0)) is None
 
-    def write():
-        for setting, (accuracy, loss) in measured.items():
-            path = sweep.record_path(Run("flat", "search", 100, setting))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            values = {"status": "finished", "validation_accuracy": accuracy, "validation_loss": loss}
-            path.write_text(json.dumps(values))
 
-    write()
-    assert sweep.chosen_setting("flat") == high
-    measured[low] = (0.4, 1.0)
-    write()
-    assert sweep.chosen_setting("flat") == low
-    assert sweep.chosen_setting("flat-wide-flops") == low
-    assert sweep.chosen_setting("hkt") is None
+def test_full_runs_of_the_best_learning_rates_decide(tmp_path):
+    """Short runs choose two of three learning rates, each with its best dropout; full runs choose between these."""
+    grid = ["--search.learning_rate", "[1e-3, 2e-3, 4e-3]", "--search.hidden_dropout", "[0.0, 0.1]"]
+    sweep = tiny_sweep(tmp_path, ("flat",), (0,), *grid, "--search.finalists", "2")
+    *short, first, second, final = sweep.runs()
+    assert [run.name for run in (first, second, final)] == ["finalist-1", "finalist-2", "final-seed0"]
+    assert sweep.needs(first) == sweep.needs(second) == short and sweep.needs(final) == [*short, first, second]
+    losses = {(1e-3, 0.0): 1.6, (1e-3, 0.1): 1.5, (2e-3, 0.0): 1.3, (2e-3, 0.1): 1.4, (4e-3, 0.0): 1.7, (4e-3, 0.1): 1.8}
+    for run in short:
+        searched(sweep, run, losses[run.setting.learning_rate, run.setting.hidden_dropout])
+    settings = [sweep.setting(run) for run in (first, second)]
+    assert [(each.learning_rate, each.hidden_dropout) for each in settings] == [(2e-3, 0.0), (1e-3, 0.1)]
+    assert sweep.specification(first).config["training"]["max_steps"] == 6
+    assert sweep.specification(short[0]).config["training"]["max_steps"] == 2
+    assert sweep.setting(final) is None
+    searched(sweep, first, 0.9, settings[0])
+    searched(sweep, second, 0.8, settings[1])
+    assert sweep.setting(final) == settings[1]
+    searched(sweep, second, None, settings[1], status="failed")
+    assert sweep.setting(final) == settings[0]
+    for run in (first, second):
+        searched(sweep, run, None, settings[0], status="failed")
+    assert sweep.setting(final) is None and sweep.give_up(final) == "failed"
+    assert sweep.record(final)["reason"] == "in its search: no luck"
+
+
+def test_final_runs_of_another_setting_than_the_chosen_are_refused(tmp_path):
+    sweep = tiny_sweep(tmp_path, ("flat",))
+    low, high, final = sweep.runs()
+    for run, loss in ((low, 1.0), (high, 1.1)):
+        record_run(sweep.specification(run), {"status": "finished", "reason": None, "validation_loss": loss})
+    record_run(sweep.specification(final), {"status": "finished", "reason": None})
+    sweep.check_records()
+    record_run(sweep.specification(low), {"status": "finished", "reason": None, "validation_loss": 1.2})
+    with pytest.raises(ValueError, match=r"final-seed0.json is of a run with other settings \(training.learning_rate\)"):
+        sweep.check_records()
 
 
 def test_pretrained_arms_begin_from_their_own_pretraining(tmp_path):
