@@ -88,6 +88,23 @@ def add_short_convolution(model: nn.Module) -> None:
             projections[0] = ConvolvedLinear(projections[0], CONVOLUTION_KERNEL_SIZE)
 
 
+class NoAttention(nn.Module):
+    """Stands where attention was and adds nothing: no position sees another."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor]:
+        """Zeros, of the shape of the input."""
+        return (torch.zeros_like(hidden_states),)
+
+
+def remove_attention(model: nn.Module) -> None:
+    """Take attention out of every layer: the tokens are classified one by one and pooled.
+
+    The control for how much of a task attention is needed for, or has learned, at all. Ours.
+    """
+    for layer in model.model.layers:
+        layer.self_attn = NoAttention()
+
+
 def freeze_uniform_weights(model: nn.Module) -> None:
     """Keep the level weights where they begin, all equal."""
     for attention in _attentions(model):
@@ -128,6 +145,12 @@ ARMS: dict[str, Arm] = {
         "flat, with a causal depthwise convolution (kernel 4) on the inputs of queries and keys",
         {"num_levels": 1},
         change=add_short_convolution,
+    ),
+    "flat-no-attention": Arm(
+        "flat, with attention left out: what the tokens tell one by one",
+        {"num_levels": 1},
+        change=remove_attention,
+        setting_of="flat",
     ),
     "bert": Arm("BERT of transformers, mean pooling: a multi-head model that shares no code with ours", is_peer=True),
     "flat-wide-parameters": Arm(

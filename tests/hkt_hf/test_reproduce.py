@@ -150,6 +150,16 @@ def test_the_convolution_of_the_control_is_short_causal_and_before_queries_and_k
     assert gradient[0].abs().sum(-1).nonzero().flatten().tolist() == [7]
 
 
+def test_without_attention_the_order_of_tokens_does_not_matter():
+    """Rotary positions are then nowhere."""
+    input_ids = torch.randint(5, 20, (2, 12))
+    for name, is_same in (("flat-no-attention-rope", True), ("flat-rope", False)):
+        model = built(name).eval()
+        model.classifier.weight.data *= 100
+        logits, turned = model(input_ids=input_ids).logits, model(input_ids=input_ids.flip(1)).logits
+        assert torch.allclose(logits, turned, rtol=1e-4, atol=1e-5) == is_same
+
+
 @pytest.mark.parametrize(
     "name, weights",
     [
