@@ -368,7 +368,9 @@ def sections(records: Sequence[dict]) -> list[Section]:
         if record["stage"] == "final":
             arm.final[record["seed"]] = record
         else:
-            {"search": arm.search, "finalist": arm.finalists, "pretraining": arm.pretraining}[record["stage"]].append(record)
+            {"search": arm.search, "finalist": arm.finalists, "pretraining": arm.pretraining}[record["stage"]].append(
+                record
+            )
     return [
         Section(task, protocol, sorted(found[task, protocol].values(), key=_arm_order))
         for task in TASK_TITLES

@@ -287,7 +287,14 @@ def test_full_runs_of_the_best_learning_rates_decide(tmp_path):
     *short, first, second, final = sweep.runs()
     assert [run.name for run in (first, second, final)] == ["finalist-1", "finalist-2", "final-seed0"]
     assert sweep.needs(first) == sweep.needs(second) == short and sweep.needs(final) == [*short, first, second]
-    losses = {(1e-3, 0.0): 1.6, (1e-3, 0.1): 1.5, (2e-3, 0.0): 1.3, (2e-3, 0.1): 1.4, (4e-3, 0.0): 1.7, (4e-3, 0.1): 1.8}
+    losses = {
+        (1e-3, 0.0): 1.6,
+        (1e-3, 0.1): 1.5,
+        (2e-3, 0.0): 1.3,
+        (2e-3, 0.1): 1.4,
+        (4e-3, 0.0): 1.7,
+        (4e-3, 0.1): 1.8,
+    }
     for run in short:
         searched(sweep, run, losses[run.setting.learning_rate, run.setting.hidden_dropout])
     settings = [sweep.setting(run) for run in (first, second)]
@@ -314,7 +321,9 @@ def test_final_runs_of_another_setting_than_the_chosen_are_refused(tmp_path):
     record_run(sweep.specification(final), {"status": "finished", "reason": None})
     sweep.check_records()
     record_run(sweep.specification(low), {"status": "finished", "reason": None, "validation_loss": 1.2})
-    with pytest.raises(ValueError, match=r"final-seed0.json is of a run with other settings \(training.learning_rate\)"):
+    with pytest.raises(
+        ValueError, match=r"final-seed0.json is of a run with other settings \(training.learning_rate\)"
+    ):
         sweep.check_records()
 
 
