@@ -550,3 +550,18 @@ def test_the_committed_report_is_that_of_the_records():
     if not (RESULTS / "report.md").exists():
         pytest.skip("no report of `hkt reproduce`")
     assert (RESULTS / "report.md").read_text(encoding="utf-8") == markdown(read_records(RESULTS))
+
+
+def test_the_figures_of_other_settings_are_those_of_their_records():
+    """What docs/experiments.md says of runs whose setting the search did not choose."""
+    text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
+    arms = {
+        (section.task, arm.name): arm
+        for section in sections(read_records(ROOT / "results" / "other_settings"))
+        for arm in section.arms
+    }
+    flat, hkt, pixels = (
+        arms[key].mean("test_accuracy") for key in (("listops", "flat"), ("listops", "hkt"), ("cifar10", "hkt"))
+    )
+    assert f"give {flat:.2%} and {hkt:.2%}" in text and f"a gain of {100 * (hkt - flat):+.2f}" in text
+    assert f"it has {pixels:.2%} (`results/other_settings`)" in text
