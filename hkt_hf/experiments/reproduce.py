@@ -276,7 +276,7 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
     ):
         try:
             while waiting or processes:
-                for run in [run for run in waiting if _is_ready(run, outcome, sweep)]:
+                for run in _ready(waiting, outcome, sweep):
                     if run.stage in ("finalist", "final") and (status := sweep.give_up(run)) is not None:
                         waiting.remove(run)
                         outcome[FAILED if status == FAILED else FINISHED].append(run)
@@ -284,7 +284,7 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
                     elif len(processes) < jobs:
                         waiting.remove(run)
                         processes[run] = _start(sweep, run)
-                for run in [run for run in waiting if _is_hopeless(run, outcome, sweep)]:
+                for run in _hopeless(waiting, outcome, sweep):
                     waiting.remove(run)
                     outcome["left_out"].append(run)
                     logger.error("%s %s is left out: a run that it needs failed", run.arm, run.name)
@@ -302,17 +302,16 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
     return outcome
 
 
-def _is_ready(run: Run, outcome: dict[str, list[Run]], sweep: Sweep) -> bool:
-    """Whether all runs it needs are over; of a search, some may have failed."""
-    return all(
-        needed in outcome[FINISHED] or (needed.stage in SEARCH_STAGES and needed in outcome[FAILED])
-        for needed in sweep.needs(run)
-    )
+def _ready(waiting: list[Run], outcome: dict[str, list[Run]], sweep: Sweep) -> list[Run]:
+    """Runs of which all that they need is over; of a search, some may have failed."""
+    over = {*outcome[FINISHED], *(run for run in outcome[FAILED] if run.stage in SEARCH_STAGES)}
+    return [run for run in waiting if over.issuperset(sweep.needs(run))]
 
 
-def _is_hopeless(run: Run, outcome: dict[str, list[Run]], sweep: Sweep) -> bool:
-    lost = [*outcome["left_out"], *(each for each in outcome[FAILED] if each.stage not in SEARCH_STAGES)]
-    return any(needed in lost for needed in sweep.needs(run))
+def _hopeless(waiting: list[Run], outcome: dict[str, list[Run]], sweep: Sweep) -> list[Run]:
+    """Runs that need one that failed or was left out."""
+    lost = {*outcome["left_out"], *(run for run in outcome[FAILED] if run.stage not in SEARCH_STAGES)}
+    return [run for run in waiting if not lost.isdisjoint(sweep.needs(run))]
 
 
 def _start(sweep: Sweep, run: Run) -> subprocess.Popen:
