@@ -108,10 +108,9 @@ def check_record(record: object, path: str | Path) -> None:
 
     Keys of all: `task`, `protocol`, `arm`, `num_levels`, `position_embedding_type` (`None` for models of other kinds),
     `stage` (`"pretraining"`; `"search"` and `"finalist"`: the short and the full runs that choose the setting; `"final"`),
-    `seed`, `setting` (learning_rate,
-    hidden_dropout, weight_decay; `None` for pretraining), `status` with `reason`, `validation_accuracy`, `test_accuracy`
-    (of finished final runs alone), `config`, `pretraining` (steps, seconds and masked_accuracy of what the run began
-    from) and `threads`.
+    `seed`, `setting` (learning_rate, hidden_dropout, weight_decay; `None` for pretraining), `status` with `reason`,
+    `validation_accuracy`, `test_accuracy` (of finished final runs alone), `config`, `pretraining` (steps, seconds and
+    masked_accuracy of what the run began from) and `threads`.
 
     Keys of those that finished: `curve` (`train`: step, loss; `validation`: step, loss, accuracy, seconds, and for HKT
     level_weights as `[layer][head][level]`), `seconds` of the run, `memory` (peak bytes), `parameters`, `tokens`
