@@ -46,7 +46,10 @@ class HKTConfig(PreTrainedConfig):
         share_level_projections (`bool`, *optional*, defaults to `False`):
             One query and key projection for all levels, or one pair a level. The paper mentions both.
         score_symmetry (`str`, *optional*, defaults to `"none"`):
-            Constraint on the level scores. Only `"none"` is implemented.
+            Constraint on the score matrix of each level and head, which holds by construction: `"psd"`, symmetric and
+            positive semidefinite (keys are the queries: a Gram matrix, so that Prop. 3.1 of the paper applies), or
+            `"symmetric"` (keys are the queries with one trained factor of either sign a feature, with rotary positions a
+            pair of features). `"none"`: keys have projections of their own. Ours.
         position_embedding_type (`str`, *optional*, defaults to `"rope"`):
             `"absolute"` (learned, added to the token embeddings) or `"rope"` (rotary; a block of level `l` has the
             position of its first token).
@@ -157,6 +160,11 @@ class HKTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "absolute":
             self.rope_parameters = None
+        if self.score_symmetry != "none":
+            self.base_model_tp_plan = dict(type(self).base_model_tp_plan)
+            del self.base_model_tp_plan["layers.*.self_attn.k_proj.*"]
+            if self.score_symmetry == "symmetric":
+                self.base_model_tp_plan["layers.*.self_attn.key_factors"] = "colwise"
         if self.norm_placement == "post":
             # The plans of the class, with the one norm outside the layers that there is.
             for name in ("base_model_fsdp_plan", "base_model_pp_plan"):
@@ -184,10 +192,6 @@ class HKTConfig(PreTrainedConfig):
                 f"`num_levels` ({self.num_levels}) is too large: a block of the coarsest level covers "
                 f"{2 ** (self.num_levels - 1)} positions, more than `max_position_embeddings` "
                 f"({self.max_position_embeddings})"
-            )
-        if self.score_symmetry != "none":
-            raise ValueError(
-                f"`score_symmetry` {self.score_symmetry!r} is not implemented yet; the only possible value is 'none'"
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")

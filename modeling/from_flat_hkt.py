@@ -162,6 +162,7 @@ _FIXED_FIELDS = (
     "num_hidden_layers",
     "position_embedding_type",
     "rope_parameters",
+    "score_symmetry",
     "share_level_projections",
     "tie_word_embeddings",
     "type_vocab_size",
@@ -254,6 +255,7 @@ def _flat_config(family: FlatFamily, source_config: PreTrainedConfig, overrides:
         "norm_placement": "post",
         "position_embedding_type": "absolute",
         "rope_parameters": None,
+        "score_symmetry": "none",
         "share_level_projections": False,
     }
     if family.positions_after_padding:

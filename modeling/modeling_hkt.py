@@ -167,6 +167,11 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     return states * cos + rotate_half(states) * sin
 
 
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter, or under tensor parallelism the part of it that this process has."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 class HKTAttention(nn.Module):
     """Multi-head attention at `num_levels` resolutions under one softmax (arXiv 2604.08829).
 
@@ -184,6 +189,7 @@ class HKTAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_decoder
+        self.score_symmetry = config.score_symmetry
 
         width = self.num_heads * self.head_dim
         num_projections = 1 if config.share_level_projections else self.num_levels
@@ -194,7 +200,12 @@ class HKTAttention(nn.Module):
             )
 
         self.q_proj = projections()
-        self.k_proj = projections()
+        if self.score_symmetry == "none":
+            self.k_proj = projections()
+        elif self.score_symmetry == "symmetric":
+            # One factor a rotated pair of features: it commutes with the rotation.
+            num_factors = self.head_dim // 2 if config.position_embedding_type == "rope" else self.head_dim
+            self.key_factors = nn.Parameter(torch.ones(num_projections, self.num_heads, num_factors))
         self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
         self.downsample = nn.ModuleList(
@@ -204,11 +215,9 @@ class HKTAttention(nn.Module):
         self.level_logits = nn.Parameter(torch.zeros(self.num_heads, self.num_levels))
 
     def level_weights(self) -> torch.Tensor:
-        """Convex weights of the levels, float32 `(H, L)`; under tensor parallelism those of this process's heads."""
-        level_logits = self.level_logits
-        if hasattr(level_logits, "to_local"):  # a DTensor
-            level_logits = level_logits.to_local()
-        return level_logits.float().softmax(dim=-1)
+        """Convex weights of the levels, float32 or wider, `(H, L)`; under tensor parallelism of this process's heads."""
+        logits = _local(self.level_logits)
+        return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def levels(
         self,
@@ -227,6 +236,43 @@ class HKTAttention(nn.Module):
             else:
                 levels.append(downsample.continue_from(cache_layer.level_inputs(level, levels[-1], cache_step)))
         return levels
+
+    def queries_and_keys(
+        self,
+        features: torch.Tensor,
+        level: int,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        query_features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of one level, `(B, H, T_l, p)` each, rotated by `position_embeddings` if there are any.
+
+        With `score_symmetry="psd"` they are the same, with `"symmetric"` the keys are queries times `key_factors`.
+
+        Args:
+            features (`torch.Tensor`): of the level, `(B, T_l, d)`.
+            level (`int`): which one.
+            position_embeddings (`tuple`, *optional*): cosines and sines of the blocks that get a query.
+            query_features (`torch.Tensor`, *optional*): of the blocks that get a query, if there are more of these: keys
+                are of the last ones.
+        """
+        projection = min(level, len(self.q_proj) - 1)
+        if query_features is None:
+            query_features = features
+        first = query_features.shape[1] - features.shape[1]
+        query = self._split_heads(self.q_proj[projection](query_features))
+        if position_embeddings is not None:
+            cos, sin = position_embeddings
+            query = apply_rotary_pos_emb(query, cos, sin)
+        if self.score_symmetry != "none":
+            key = query[:, :, first:]
+            if self.score_symmetry == "symmetric":
+                factors = _local(self.key_factors)[projection, :, None].to(key.dtype)
+                key = key * factors.repeat(1, 1, self.head_dim // factors.shape[-1])
+            return query, key
+        key = self._split_heads(self.k_proj[projection](features))
+        if position_embeddings is not None:
+            key = apply_rotary_pos_emb(key, cos[:, first:], sin[:, first:])
+        return query, key
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         # All heads, or under tensor parallelism those of this process.
@@ -259,19 +305,13 @@ class HKTAttention(nn.Module):
         queries, keys = [], []
         levels = self.levels(hidden_states, cache_layer, cache_step)
         for level, features in enumerate(levels):
-            projection = min(level, len(self.q_proj) - 1)
-            query_features = features
+            query_features = None
             if continues and level > 0:
                 # The first of the new tokens may belong to a block that has started before.
                 current = cache_layer.current_block(level).to(features.dtype)
                 query_features = torch.cat([current, features], dim=1)
-            query = self._split_heads(self.q_proj[projection](query_features))
-            key = self._split_heads(self.k_proj[projection](features))
-            if position_embeddings is not None:
-                cos, sin = position_embeddings[level]
-                query = apply_rotary_pos_emb(query, cos, sin)
-                first = cos.shape[1] - features.shape[1]
-                key = apply_rotary_pos_emb(key, cos[:, first:], sin[:, first:])
+            rotation = None if position_embeddings is None else position_embeddings[level]
+            query, key = self.queries_and_keys(features, level, rotation, query_features)
             queries.append(query)
             keys.append(key)
         value = self._split_heads(self.v_proj(hidden_states))
@@ -425,6 +465,8 @@ class HKTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, HKTAttention):
             init.zeros_(module.level_logits)
+            if module.score_symmetry == "symmetric":
+                init.ones_(module.key_factors)
         elif isinstance(module, CausalDownsample):
             init.copy_(module.weight, module.mean_weight())
 

@@ -179,6 +179,10 @@ ARMS: dict[str, Arm] = {
     "hkt-kernel-4": _ablation("downsampling with 4 taps", fields={"downsample_kernel_size": 4}),
     "hkt-dense": _ablation("dense downsampling", fields={"downsample_type": "dense"}),
     "hkt-untrained-mean": _ablation("downsampling by the mean, not trained", change=freeze_downsampling),
+    "hkt-symmetric": _ablation(
+        "symmetric scores: keys are queries times factors", fields={"score_symmetry": "symmetric"}
+    ),
+    "hkt-psd": _ablation("positive semidefinite scores: keys are the queries", fields={"score_symmetry": "psd"}),
     "hkt-pool-cls": _ablation("pooling: the first token", fields={"pooling": "cls"}),
     "hkt-pool-last": _ablation("pooling: the last token", fields={"pooling": "last"}),
     "flat-pretrained": Arm("flat, after masked-LM pretraining on the task", {"num_levels": 1}, pretrained=True),

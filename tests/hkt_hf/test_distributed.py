@@ -170,10 +170,12 @@ def test_a_declared_plan_gives_the_numbers_of_one_process(sharded, whole, case, 
 @each_case
 def test_the_tensor_parallel_plan_shares_out_the_heads(sharded, case):
     by_rows = ("q_proj", "k_proj", "v_proj", "level_logits", "up_proj", "embed_tokens", "lm_head")
-    by_columns = ("o_proj.weight", "down_proj.weight")
+    by_columns = ("o_proj.weight", "down_proj.weight", "key_factors")
     for rank in sharded[1]:
         for name, (shape, dim, local_shape) in rank[case, "tp"]["parameters"].items():
-            assert dim == (0 if any(part in name for part in by_rows) else 1 if name.endswith(by_columns) else None)
+            assert dim == (0 if any(part in name for part in by_rows) else 1 if name.endswith(by_columns) else None), (
+                name
+            )
             halves = [size // 2 if index == dim else size for index, size in enumerate(shape)]
             assert local_shape == tuple(halves), name
 
@@ -185,11 +187,14 @@ def test_the_fsdp_plan_shards_every_parameter(sharded, case):
             assert dim == 0 and local_shape[0] <= (shape[0] + 1) // 2, name
 
 
+@pytest.mark.parametrize("score_symmetry", ["none", "symmetric", "psd"])
 @pytest.mark.parametrize("norm_placement", ["pre", "post"])
 @pytest.mark.parametrize("name", AUTO_CLASSES.values())
-def test_every_rule_of_a_plan_names_something(name, norm_placement):
+def test_every_rule_of_a_plan_names_something(name, norm_placement, score_symmetry):
     """A rule that names nothing is skipped with a warning, and a model without one for its tied head fails."""
-    config = tiny_config(is_decoder=name == "HKTForCausalLM", norm_placement=norm_placement)
+    config = tiny_config(
+        is_decoder=name == "HKTForCausalLM", norm_placement=norm_placement, score_symmetry=score_symmetry
+    )
     model = getattr(modeling_hkt, name)(config)
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
@@ -198,7 +203,8 @@ def test_every_rule_of_a_plan_names_something(name, norm_placement):
         assert set(plan) <= names
         assert any(rule.startswith(f"{prefix}layers") for rule in plan)
         assert ("lm_head" in plan) == (model.get_output_embeddings() is not None)
-    rules = {f"{prefix}layers.*.self_attn.{part}" for part in ("q_proj.*", "k_proj.*", "level_logits")}
+    keys = {"none": ["k_proj.*"], "symmetric": ["key_factors"], "psd": []}[score_symmetry]
+    rules = {f"{prefix}layers.*.self_attn.{part}" for part in ("q_proj.*", "level_logits", *keys)}
     assert rules <= set(model.tp_plan)
 
 

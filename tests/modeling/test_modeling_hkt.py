@@ -106,6 +106,7 @@ def test_the_model_reaches_the_fast_cpu_kernels_and_forms_no_square_matrix(
     model = HKTModel(tiny_config(max_position_embeddings=length, **sizes))
     model.set_attn_implementation(implementation)
     input_ids, attention_mask = right_padded_batch([length, length - 500], length)
+    model(input_ids)  # what the first call of a process does once is not measured
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         output = model(input_ids, attention_mask=attention_mask if padded else None)
         output.last_hidden_state.sum().backward()
@@ -374,8 +375,6 @@ def test_input_embeddings_are_found():
         ("position_embedding_type", {"position_embedding_type": "alibi"}),
         ("rope_type", {"rope_parameters": {"rope_type": "spiral"}}),
         ("partial_rotary_factor", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
-        ("score_symmetry", {"score_symmetry": "psd"}),
-        ("score_symmetry", {"score_symmetry": "symmetric"}),
         ("score_symmetry", {"score_symmetry": "odd"}),
         ("hidden_act", {"hidden_act": "gulu"}),
         ("hidden_dropout", {"hidden_dropout": 1.5}),

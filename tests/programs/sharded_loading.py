@@ -23,6 +23,8 @@ CASES = {
     "classifier": (HKTForSequenceClassification, {"position_embedding_type": "absolute", "pooling": "cls"}),
     "shared-projections": (HKTForSequenceClassification, {"share_level_projections": True, "num_levels": 4}),
     "flat": (HKTForMaskedLM, {"num_levels": 1}),
+    "symmetric": (HKTForMaskedLM, {"score_symmetry": "symmetric"}),
+    "psd": (HKTForMaskedLM, {"score_symmetry": "psd"}),
     "decoder": (HKTForCausalLM, {"is_decoder": True}),
     "post-norm": (HKTForMaskedLM, {"norm_placement": "post", "type_vocab_size": 2}),
     "post-norm-decoder": (
