@@ -1,4 +1,4 @@
-"""The command `hkt`: train, evaluate, predict, push, benchmark, reproduce, report, package."""
+"""The command `hkt`: train, evaluate, predict, analyze, push, benchmark, reproduce, report, package."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from huggingface_hub.errors import HfHubHTTPError
 
+from .analysis.command import add_analyze_parser, run_analyze
 from .benchmark.command import add_benchmark_parser, run_benchmark
 from .experiments.command import (
     add_package_parser,
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="make a private repository if it is new")
     push.add_argument("--revision", help="branch to commit to")
 
+    add_analyze_parser(commands)
     add_benchmark_parser(commands)
     add_reproduce_parser(commands)
     add_report_parser(commands)
@@ -72,11 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options, rest = build_parser().parse_known_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
-    if rest and options.command not in ("train", "evaluate", "reproduce"):
+    if rest and options.command not in ("train", "evaluate", "analyze", "reproduce"):
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     # Under `torchrun` or `accelerate launch`: one process speaks, and one does what needs no others.
     is_first = int(os.environ.get("RANK", "0")) == 0
-    if not is_first and options.command in ("predict", "push", "benchmark", "reproduce", "report", "package"):
+    if not is_first and options.command in (
+        "predict",
+        "analyze",
+        "push",
+        "benchmark",
+        "reproduce",
+        "report",
+        "package",
+    ):
         return 0
     logging.basicConfig(
         level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s %(name)s: %(message)s"
@@ -150,6 +160,10 @@ def _push(options: argparse.Namespace, rest: list[str]) -> None:
         raise ConnectionError(f"the push broke off, the repository is as it was: {error}") from error
 
 
+def _analyze(options: argparse.Namespace, rest: list[str]) -> None:
+    run_analyze(options, rest)
+
+
 def _benchmark(options: argparse.Namespace, rest: list[str]) -> None:
     run_benchmark(options)
 
@@ -171,6 +185,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "predict": _predict,
     "push": _push,
+    "analyze": _analyze,
     "benchmark": _benchmark,
     "reproduce": _reproduce,
     "report": _report,

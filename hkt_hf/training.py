@@ -303,14 +303,10 @@ def evaluate_checkpoint(
         ValueError: unknown split, an unfinished run, a checkpoint that lacks weights or its configuration, or data with
             other labels.
     """
-    _check_finished(checkpoint)
     if split not in ("train", "validation", "test"):
         raise ValueError(f"`split` must be 'train', 'validation' or 'test', got {split!r}")
-    objective = _objective_of(checkpoint)
+    config, objective = checkpoint_experiment(checkpoint, overrides)
     model, tokenizer = load_checkpoint(checkpoint, objective.auto_class)
-    config = load_experiment(_experiment_file(checkpoint), overrides)
-    if config.objective != objective.name:
-        raise ValueError(f"`objective` of {str(checkpoint)!r} is {objective.name!r}, not {config.objective!r}")
     arguments = training_arguments(config, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
     with PartialState().local_main_process_first():
         task = load_data(config.data, need_labels=objective.needs_labels)
@@ -325,6 +321,26 @@ def evaluate_checkpoint(
         **objective.trainer_arguments(task, tokenizer, config),
     )
     return _plain_metrics(trainer.evaluate(splits[split]))
+
+
+def checkpoint_experiment(
+    checkpoint: str | Path, overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[ExperimentConfig, Objective]:
+    """The configuration that a checkpoint was trained with, changed by overrides, and what it was trained for.
+
+    Args:
+        checkpoint (`str` or `Path`): a run's folder, one of its `checkpoint-N`, or a Hub id.
+        overrides (sequence of `str`): as in [`load_experiment`].
+
+    Raises:
+        ValueError: an unfinished run, a checkpoint that lacks its configuration, or an override that is not valid.
+    """
+    _check_finished(checkpoint)
+    objective = _objective_of(checkpoint)
+    config = load_experiment(_experiment_file(checkpoint), overrides)
+    if config.objective != objective.name:
+        raise ValueError(f"`objective` of {str(checkpoint)!r} is {objective.name!r}, not {config.objective!r}")
+    return config, objective
 
 
 def predict(checkpoint: str | Path, texts: list[str]) -> list[list[dict]]:

@@ -1,4 +1,4 @@
-"""The README's code runs and prints what it says; its table is the one that `results/` holds."""
+"""The code of the README and of `docs/` runs and prints what it says; tables are those that `results/` holds."""
 
 import contextlib
 import io
@@ -16,16 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_snippets_print_what_they_say(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/theory.md"])
+def test_python_snippets_print_what_they_say(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    blocks = re.findall(r"```(python|text)\n(.*?)```", README, flags=re.DOTALL)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```(python|text)\n(.*?)```", text, flags=re.DOTALL)
     assert [kind for kind, _ in blocks] == ["python", "text"] * (len(blocks) // 2)
     namespace: dict = {}
     for (_, code), (_, expected) in zip(blocks[::2], blocks[1::2], strict=True):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, "README.md", "exec"), namespace)
+            exec(compile(code, page, "exec"), namespace)
         lines = printed.getvalue().strip().splitlines()
         wanted = expected.strip().splitlines()
         assert lines[-len(wanted) :] == wanted
