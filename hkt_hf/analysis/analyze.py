@@ -41,6 +41,7 @@ def analyze(
     *,
     text: str | None = None,
     num_examples: int = 8,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint with every instrument of this package.
 
@@ -53,6 +54,7 @@ def analyze(
             that has no more.
         num_examples (`int`, *optional*, defaults to 8): so many examples of the validation split are measured, each cut at
             256 tokens. At least 1.
+        command (`str`, *optional*): the command line that asked for it, for `analysis.json`.
 
     Returns:
         `dict`: what `analysis.json` holds: the reports by name, those of the same model with initial weights in `untrained`,
@@ -94,6 +96,7 @@ def analyze(
     found |= {
         "decay_rates": decay_rates(found["approximation"]),
         "level_weights": maps.level_weights.tolist(),
+        "command": command,
         "checkpoint": str(checkpoint),
         "examples": len(texts),
         "tokens": int(batch["attention_mask"].sum()),

@@ -34,6 +34,9 @@ def run_analyze(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if out is None:
         folder = Path(options.checkpoint)
         out = folder / "analysis" if folder.is_dir() else Path("analysis")
-    found = analyze(options.checkpoint, out, overrides, text=options.text, num_examples=options.examples)
+    command = " ".join(["hkt", *options.words])
+    found = analyze(
+        options.checkpoint, out, overrides, text=options.text, num_examples=options.examples, command=command
+    )
     print("\n".join(summary(found)))
     print(out)

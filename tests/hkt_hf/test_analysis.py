@@ -514,6 +514,7 @@ def test_the_command_measures_and_draws(run, capsys):
     out = run / "analysis"
     found = json.loads((out / "analysis.json").read_text())
     assert {"kernel", "directional", "approximation", "gaussianity", "focus", "decay_rates", "versions"} <= set(found)
+    assert found["command"] == f"hkt analyze {run}"
     assert len(found["kernel"]) == 2 * 2 * 4 and np.shape(found["level_weights"]) == (2, 2, 3)
     plots = {path.name for path in out.glob("*.png")}
     assert plots == {
