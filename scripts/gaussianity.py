@@ -2,8 +2,9 @@
 
 usage: python scripts/gaussianity.py [CONFIG] [--section.key VALUE ...]
 
-CONFIG is what is trained, by default `listops-hkt-tiny`. Untrained models have its fields but for the width; heads stay
-16 wide, as in the paper's figure. An interrupted training goes on.
+CONFIG is what is trained, by default `listops-hkt-tiny`, with learned absolute positions: with rotary ones the vectors of the
+first layer are no more different ones than there are tokens. Untrained models have its fields but for the width; heads
+stay 16 wide, as in the paper's figure. An interrupted training goes on.
 """
 
 import json
@@ -38,7 +39,7 @@ def main(words: list[str]) -> None:
     """Measure, train, draw."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     name, overrides = (words[0], words[1:]) if words and not words[0].startswith("--") else ("listops-hkt-tiny", words)
-    config = load_experiment(name, overrides)
+    config = load_experiment(name, ["--model.position_embedding_type", "absolute", *overrides])
     task = load_data(config.data)
     tokenizer = build_model_and_tokenizer(config, task)[1]
     texts = task.splits["validation"]["text"][:NUM_EXAMPLES]

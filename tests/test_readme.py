@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -119,6 +120,62 @@ def test_the_figures_on_speed_are_the_measured_ones():
     models = json.loads((ROOT / "results" / "training_step.json").read_text(encoding="utf-8"))["models"]
     (step,) = rows_of(text, "whole step, not profiled")
     assert step == [f"{1e3 * model['seconds']:.0f} ({model['ratio']:.2f}x)" for model in models.values()]
+
+
+THEORY_ROWS = (
+    "level weights, all layers and heads",
+    "entropy of the combined attention, layers 0 and 1 (1: even)",
+    "bilinear forms that meet the condition of Prop. 3.1",
+    "their negative eigenvalues",
+    "negative eigenvalues of the combined scores, symmetric part",
+    "directional ratio of the combined scores, layers 0 and 1",
+    "KL of keeping one level, two levels, nats",
+    "of it the Gaussian term",
+    "the bound of it",
+    "Mardia's kurtosis of queries, layer 0 (288: Gaussian)",
+    "the same, layer 1",
+)
+
+
+def test_the_figures_on_theory_are_the_measured_ones():
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    reports = [
+        json.loads((ROOT / "results" / "analysis" / task / "analysis.json").read_text(encoding="utf-8"))
+        for task in ("listops", "cifar10", "imdb")
+    ]
+
+    def means(report, key, groups, **wanted):
+        return [mean(entry[key] for entry in report if (group | wanted).items() <= entry.items()) for group in groups]
+
+    layers, combined = [{"layer": 0}, {"layer": 1}], {"level": "combined"}
+    kept = [{"num_levels": 1}, {"num_levels": 2}]
+    expected = [[] for _ in THEORY_ROWS]
+    for report in reports:
+        weights = [weight for layer in report["level_weights"] for head in layer for weight in head]
+        forms = [entry for entry in report["kernel"] if entry["level"] != "combined"]
+        met = sum(entry["verdict"] == "condition holds" for entry in forms)
+        kurtosis = means(report["gaussianity"], "kurtosis", layers, of="queries")
+        rows = [
+            [min(weights), max(weights)],
+            means(report["focus"], "relative_entropy", layers, **combined),
+            [met, len(forms)],
+            [100 * mean(entry["negative_fraction"] for entry in forms)],
+            [100 * value for value in means(report["kernel"], "negative_fraction", [combined])],
+            means(report["directional"], "directional_ratio", layers, **combined),
+            means(report["approximation"], "truncation", kept),
+            means(report["approximation"], "gaussian", kept),
+            means(report["approximation"], "truncation_bound", kept),
+            *([value] for value in kurtosis),
+        ]
+        for values, row in zip(expected, rows, strict=True):
+            values.append(row)
+        assert all(entry["bound_holds"] for entry in report["approximation"])
+    for name, values in zip(THEORY_ROWS, expected, strict=True):
+        (cells,) = rows_of(text, name)
+        for cell, value in zip(cells, values, strict=True):
+            shown = re.findall(r"\d[\d,]*\.?\d*(?<!,)", cell)
+            digits = [len(number.partition(".")[2]) for number in shown]
+            assert [f"{number:,.{places}f}" for number, places in zip(value, digits, strict=True)] == shown, name
 
 
 def test_the_speed_that_is_claimed_is_reached():

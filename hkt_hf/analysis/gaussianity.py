@@ -74,7 +74,7 @@ def mardia_test(samples: np.ndarray | torch.Tensor) -> MardiaTest:
         raise ValueError("`samples` must be finite, got NaN or infinite values")
     centered = samples - samples.mean(0)
     values, vectors = np.linalg.eigh(centered.T @ centered / n)
-    if values[0] <= values[-1] * n * np.finfo(float).eps:
+    if _is_negligible(values, n)[0]:
         raise ValueError(
             f"`samples` lie in a subspace: their covariance is singular (eigenvalues from {values[0]:.1e})"
         )
@@ -99,7 +99,8 @@ def gaussianity_report(
     """Mardia's tests of the queries and of the keys of each layer, head and level.
 
     Equal tokens give equal vectors in the first layer, and neighbours are never independent: with real text the p-values say
-    how far from a Gaussian sample the vectors are, not how sure that is.
+    how far from a Gaussian sample the vectors are, not how sure that is. Where there are too few different vectors to span
+    the head (rotary positions and a small vocabulary, in the first layer) the test is that of the space they span.
 
     Args:
         model (`nn.Module`): an HKT model, with or without a head.
@@ -107,7 +108,8 @@ def gaussianity_report(
         max_samples (`int`, *optional*, defaults to 4096): more are thinned out evenly.
 
     Returns:
-        `list[dict]`: keys `layer`, `head`, `level`, `of` (`"queries"` or `"keys"`), those of [`MardiaTest`].
+        `list[dict]`: keys `layer`, `head`, `level`, `of` (`"queries"` or `"keys"`), those of [`MardiaTest`], whose `width` is
+        the dimension of the space that the vectors span.
 
     Raises:
         TypeError, ValueError: as [`~hkt_hf.analysis.scores.sequence_scores`], or too few blocks at a level; the message says at
@@ -117,13 +119,24 @@ def gaussianity_report(
     for (layer, head, level, of), samples in head_vectors(model, batch).items():
         step = -(-len(samples) // max_samples)
         try:
-            found = mardia_test(samples[::step])
+            found = mardia_test(_on_their_span(samples[::step]))
         except ValueError as error:
             raise ValueError(
                 f"layer {layer}, head {head}, level {level}, {of}: {error}; give a larger `batch`"
             ) from None
         report.append({"layer": layer, "head": head, "level": level, "of": of, **asdict(found)})
     return report
+
+
+def _on_their_span(samples: np.ndarray) -> np.ndarray:
+    """Coordinates `(n, r)` of samples `(n, p)` in the space of dimension `r` that they span around their mean."""
+    values, vectors = np.linalg.eigh(np.cov(samples, rowvar=False, ddof=0))
+    return samples @ vectors[:, ~_is_negligible(values, len(samples))]
+
+
+def _is_negligible(eigenvalues: np.ndarray, num_samples: int) -> np.ndarray:
+    """Which eigenvalues, ascending, of a covariance are zero but for rounding."""
+    return eigenvalues <= eigenvalues[-1] * num_samples * np.finfo(float).eps
 
 
 def head_vectors(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[tuple, np.ndarray]:

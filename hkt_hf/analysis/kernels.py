@@ -3,7 +3,9 @@
 Per level and head the score of two features `x`, `y` is the bilinear form `x^T M y` with `M = WQ^T WK`. If the symmetric
 part `B = (M + M^T) / 2` is positive semidefinite (PSD) at every level, the symmetric part of the combined scores is a PSD
 kernel on every input: upsampling and convex combination keep that. The condition is sufficient, not necessary. With rotary
-positions it is not even sufficient, since queries and keys are turned by different angles.
+positions it is not even sufficient, since queries and keys are turned by different angles. Projections with linearly
+independent rows, all of them together, never meet it: then `x^T M x` is a sum of products of independent coordinates, each a
+difference of squares, and half of the eigenvalues that are not zero are negative (Sylvester's law of inertia).
 """
 
 from collections.abc import Mapping

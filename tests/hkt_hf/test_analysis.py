@@ -32,6 +32,7 @@ from hkt_hf.analysis import (
 from hkt_hf.analysis.approximation import divergence
 from hkt_hf.analysis.constructions import log_odds_shift
 from hkt_hf.analysis.directions import forward_share, recombined, split
+from hkt_hf.analysis.gaussianity import head_vectors
 from hkt_hf.analysis.kernels import HOLDS, bilinear_forms, symmetric_spectrum
 from hkt_hf.analysis.maps import attention_maps, focus_report
 from hkt_hf.analysis.page import write_page
@@ -115,6 +116,15 @@ def test_unconstrained_scores_are_indefinite():
     report = kernel_report(model_of(position_embedding_type="rope"), batch_of())
     assert {entry["verdict"] for entry in report if entry["level"] != "combined"} == {"undecided by the projections"}
     assert {entry["verdict"] for entry in report if entry["level"] == "combined"} == {"indefinite"}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 8), st.integers(0, 8), st.integers(0, 2**32 - 1))
+def test_half_the_eigenvalues_of_independent_projections_are_negative(head_dim, more, seed):
+    generator = torch.Generator().manual_seed(seed)
+    query, key = torch.randn(2, head_dim, 2 * head_dim + more, generator=generator, dtype=torch.float64)
+    eigenvalues = symmetric_spectrum(query, key)
+    assert len(eigenvalues) == 2 * head_dim and (eigenvalues < 0).sum() == head_dim
 
 
 def test_scores_can_be_psd_although_the_condition_fails():
@@ -342,6 +352,18 @@ def test_bad_samples_are_refused(samples, message):
 def test_gaussianity_of_too_few_blocks_says_where():
     with pytest.raises(ValueError, match=r"layer 0, head 0, level 1, keys.*larger `batch`"):
         gaussianity_report(model_of(), {"input_ids": torch.randint(5, 40, (1, 11))})
+
+
+def test_gaussianity_of_few_different_vectors_is_that_of_their_span():
+    """With rotary positions and six different tokens, the first layer has vectors in five dimensions of eight."""
+    model = model_of(position_embedding_type="rope")
+    batch = {"input_ids": torch.randint(5, 11, (2, 40), generator=torch.Generator().manual_seed(0))}
+    report = [entry for entry in gaussianity_report(model, batch) if entry["level"] == 0]
+    assert {(entry["layer"], entry["width"]) for entry in report} == {(0, 5), (1, 8)}
+    ((_, vectors), *_) = head_vectors(model, batch).items()
+    rotated = vectors @ np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+    _, directions = np.linalg.eigh(np.cov(rotated, rowvar=False))
+    assert report[0]["kurtosis"] == pytest.approx(mardia_test(rotated @ directions[:, 3:]).kurtosis, rel=1e-6)
 
 
 def test_the_callback_records_each_epoch(tmp_path):
