@@ -4,6 +4,8 @@ import base64
 import json
 import math
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -506,6 +508,34 @@ def test_the_page_holds_the_maps_and_no_markup_of_tokens(tmp_path):
     assert np.array(data["entropy"]).reshape(2, 4, 4)[0, -1, 0] == pytest.approx(
         np.mean([stats.entropy(row) for row in maps.weights[0, -1, 0]]), rel=1e-4
     )
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MOVE_AND_POINT = """<script>
+for (const [name, value] of [["layer", 1], ["head", 2], ["level", 0]]) {
+  const slider = document.getElementById(name);
+  slider.value = value;
+  slider.dispatchEvent(new Event("input"));
+}
+const box = canvas.getBoundingClientRect(), at = index => margin + (index + 0.5) * cell;
+canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + at(2), clientY: box.top + at(1)}));
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_sliders_and_pointer_work_in_a_browser(tmp_path):
+    maps = attention_maps(model_of(), batch_of(), [f"t{position}" for position in range(21)])
+    write_page(maps, tmp_path / "page.html", "a page")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    (tmp_path / "moved.html").write_text(page.replace("</body>", MOVE_AND_POINT), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [CHROMIUM, *options, (tmp_path / "moved.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.findall(r"<output>(.*?)</output>", shown) == ["1", "2", "level 0"]
+    mix = ", ".join(f"level {level}: {weight:.3f}" for level, weight in enumerate(maps.level_weights[1, 2]))
+    assert mix in shown
+    (pointed,) = re.findall(r'query 1 "t1" to key 2 "t2": ([\d.]+)', shown)
+    assert float(pointed) == pytest.approx(maps.weights[1, 0, 2, 1, 2], abs=0.003)
 
 
 # The command
