@@ -178,6 +178,18 @@ def test_the_figures_on_theory_are_the_measured_ones():
             assert [f"{number:,.{places}f}" for number, places in zip(value, digits, strict=True)] == shown, name
 
 
+def test_the_figures_on_gaussianity_are_the_measured_ones():
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "results" / "gaussianity.json").read_text(encoding="utf-8"))
+    named = {f"untrained, width {entry['hidden_size']}": entry for entry in result["by_width"]}
+    named |= {f"HKT-tiny, epoch {entry['epoch']:.0f}": entry for entry in result["by_epoch"][1:]}
+    assert len(named) == 7
+    for name, entry in named.items():
+        found = [entry[f"queries, layer {layer}, level 0"] for layer in (0, 1)]
+        assert [[f"{each['kurtosis']:.1f}, {each['rejected']:.0%}" for each in found]] == rows_of(text, name)
+        assert {each["samples"] for each in found} == {442}
+
+
 def test_the_speed_that_is_claimed_is_reached():
     """Of the committed measurement: HKT-small within 1.45 times the time and 1.31 times the memory of its flat twin."""
     rows = json.loads((ROOT / "results" / "benchmark_models.json").read_text(encoding="utf-8"))["rows"]
