@@ -1,4 +1,4 @@
-"""Hierarchical attention on the Hugging Face stack. Importing this package registers HKT with the Auto classes."""
+"""Hierarchical attention on the Hugging Face stack. Importing this package registers HKT and HSA with the Auto classes."""
 
 import transformers
 
@@ -13,11 +13,17 @@ from .modeling import (
     HKTForTokenClassification,
     HKTModel,
     HKTPreTrainedModel,
+    HSAConfig,
+    HSAForMaskedLM,
+    HSAForSequenceClassification,
+    HSAModel,
+    HSAPreTrainedModel,
     choose_backend,
     hierarchical_attention,
     hierarchical_scores,
     lift,
     modeling_hkt,
+    modeling_hsa,
 )
 from .presets import preset
 
@@ -26,13 +32,14 @@ __version__ = "0.1.0"
 
 
 def _register_auto_classes() -> None:
-    """Make the Auto classes know HKT, and let `save_pretrained` copy the code that a checkpoint needs elsewhere."""
-    transformers.AutoConfig.register(HKTConfig.model_type, HKTConfig, exist_ok=True)
-    HKTConfig.register_for_auto_class()
-    for auto_name, class_name in modeling_hkt.AUTO_CLASSES.items():
-        model_class = getattr(modeling_hkt, class_name)
-        getattr(transformers, auto_name).register(HKTConfig, model_class, exist_ok=True)
-        model_class.register_for_auto_class(auto_name)
+    """Make the Auto classes know HKT and HSA, and let `save_pretrained` copy the code that a checkpoint needs elsewhere."""
+    for config_class, module in ((HKTConfig, modeling_hkt), (HSAConfig, modeling_hsa)):
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        config_class.register_for_auto_class()
+        for auto_name, class_name in module.AUTO_CLASSES.items():
+            model_class = getattr(module, class_name)
+            getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
+            model_class.register_for_auto_class(auto_name)
 
 
 _register_auto_classes()
@@ -48,6 +55,11 @@ __all__ = [
     "HKTForTokenClassification",
     "HKTModel",
     "HKTPreTrainedModel",
+    "HSAConfig",
+    "HSAForMaskedLM",
+    "HSAForSequenceClassification",
+    "HSAModel",
+    "HSAPreTrainedModel",
     "choose_backend",
     "hierarchical_attention",
     "hierarchical_scores",

@@ -12,8 +12,9 @@ from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
+from .architectures import DEFAULT as DEFAULT_ARCHITECTURE
+from .architectures import architecture
 from .data import DataConfig
-from .modeling import HKTConfig
 from .objectives import OBJECTIVES, MaskedLM, SequenceClassification
 from .presets import check_keys, field_names, packaged_config, parse_yaml, read_yaml
 from .tokenization import TOKENIZER_KINDS
@@ -56,13 +57,23 @@ class TokenizerConfig:
         kind (`str`, *optional*): `"listops"`, `"bytes"` or `"pixels"`; by default what suits the data.
         max_length (`int`, *optional*, defaults to 512): longer inputs are truncated.
         add_cls_token (`bool`, *optional*, defaults to `False`): begin every sequence with `[CLS]`.
+        path (`str`, *optional*): folder or Hub id of a tokenizer to use instead of one of these kinds, e.g. of a pretrained
+            model whose words are wanted and whose weights are not.
+        segments (`bool`, *optional*, defaults to `False`): tell the model which sentence and paragraph a token is in
+            (`segment_ids`), for models that attend along a tree; needs a fast tokenizer.
     """
 
     kind: str | None = None
     max_length: int = 512
     add_cls_token: bool = False
+    path: str | None = None
+    segments: bool = False
 
     def __post_init__(self):
+        if self.path is not None and (self.kind is not None or self.add_cls_token):
+            raise ValueError(
+                f"`tokenizer.path` ({self.path!r}) can't be given with `tokenizer.kind` or `add_cls_token`"
+            )
         if self.kind is not None and self.kind not in TOKENIZER_KINDS:
             raise ValueError(f"`tokenizer.kind` must be one of {TOKENIZER_KINDS}, got {self.kind!r}")
         if not isinstance(self.max_length, int) or self.max_length < 1:
@@ -80,8 +91,8 @@ class ExperimentConfig:
             are then not needed.
         mlm_probability (`float`, *optional*): share of tokens to mask, 0.15 by default; for `"masked_lm"` only.
         seed (`int`, *optional*, defaults to 0): seed of initial weights, data order, dropout and masks.
-        model (`dict`, *optional*): fields of [`HKTConfig`], or `checkpoint`: a local folder or Hub id to fine-tune,
-            whose configuration the other fields change.
+        model (`dict`, *optional*): fields of [`HKTConfig`], with `model_type: hsa` of [`HSAConfig`], or `checkpoint`: a local
+            folder or Hub id to fine-tune, whose configuration the other fields change.
         tokenizer ([`TokenizerConfig`], *optional*): tokenizer; not used with `model.checkpoint`, which brings its own.
         data ([`~hkt_hf.data.DataConfig`], *optional*): dataset, columns and splits.
         training (`dict`, *optional*): fields of `transformers.TrainingArguments`.
@@ -137,7 +148,8 @@ def build_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
         mlm_probability = DEFAULT_MLM_PROBABILITY
     model = dict(_section(values, "model"))
     _check_not_managed(model, MANAGED_MODEL_KEYS, prefix="model.")
-    check_keys(model, ["checkpoint", *field_names(HKTConfig)], prefix="model.")
+    config_class = architecture(model.get("model_type", DEFAULT_ARCHITECTURE)).config_class
+    check_keys(model, ["checkpoint", "model_type", *field_names(config_class)], prefix="model.")
     tokenizer = _build_dataclass(TokenizerConfig, _section(values, "tokenizer"), prefix="tokenizer.")
     data = _build_dataclass(DataConfig, _section(values, "data"), prefix="data.")
     checkpoint = model.pop("checkpoint", None)
@@ -280,7 +292,9 @@ def _check_objective(objective: Any, mlm_probability: Any) -> None:
 
 def _check_model(model: Mapping[str, Any], max_length: int) -> None:
     try:
-        config = HKTConfig(**{"max_position_embeddings": max_length, **model})
+        fields = {name: value for name, value in model.items() if name != "model_type"}
+        config_class = architecture(model.get("model_type", DEFAULT_ARCHITECTURE)).config_class
+        config = config_class(**{"max_position_embeddings": max_length, **fields})
     except StrictDataclassError as error:
         raise ValueError(f"section `model` is not valid: {error}") from error
     if config.max_position_embeddings < max_length:

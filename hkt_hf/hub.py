@@ -15,9 +15,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .architectures import ARCHITECTURES
 from .checkpoints import load_checkpoint, local_folder, read_config, weight_files
-from .modeling.configuration_hkt import HKTConfig
-from .modeling.modeling_hkt import AUTO_CLASSES, AUTO_MAP
 
 
 TOKENIZER_PATTERNS = (
@@ -130,9 +129,10 @@ def release_files(folder: Path) -> list[Path]:
 def _auto_class(config: dict) -> type:
     """The Auto class that fits what the checkpoint was saved from."""
     architecture = next(iter(config.get("architectures") or []), None)
-    for auto_class, name in AUTO_CLASSES.items():
-        if name == architecture:
-            return getattr(transformers, auto_class)
+    for found in ARCHITECTURES.values():
+        for auto_class, name in found.module.AUTO_CLASSES.items():
+            if name == architecture:
+                return getattr(transformers, auto_class)
     return AutoModelForSequenceClassification
 
 
@@ -141,7 +141,7 @@ def _release_folder(
     folder: Path, config: dict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Path]:
     """The folder itself when it holds all the code it needs, else a temporary copy that does."""
-    if config["model_type"] != HKTConfig.model_type or _has_code(folder, config):
+    if config["model_type"] not in ARCHITECTURES or _has_code(folder, config):
         yield folder
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -154,7 +154,8 @@ def _release_folder(
 
 def _has_code(folder: Path, config: dict) -> bool:
     auto_map = config.get("auto_map") or {}
-    if any(auto_map.get(auto_class) != name for auto_class, name in AUTO_MAP.items()):
+    expected = ARCHITECTURES[config["model_type"]].module.AUTO_MAP
+    if any(auto_map.get(auto_class) != name for auto_class, name in expected.items()):
         return False
     try:
         _code_names(folder, config)

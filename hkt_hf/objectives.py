@@ -9,9 +9,9 @@ import transformers
 from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import TaskData
+from .hsa.data import SegmentCollator, tokenize_with_segments
 from .masking import EpochOfMasks, MaskingCollator, TokenMasker
 from .metrics import MASKED_LM_METRIC_NAMES, METRIC_NAMES, compute_metrics_for, masked_lm_metrics, sum_masked_tokens
-from .modeling import modeling_hkt
 from .tokenization import encode_texts
 
 
@@ -38,11 +38,6 @@ class Objective(ABC):
     def auto_class(self) -> type:
         """The Auto class that loads such a model, of any architecture."""
         return getattr(transformers, self.auto_name)
-
-    @property
-    def hkt_class(self) -> type[PreTrainedModel]:
-        """The HKT model with this head."""
-        return getattr(modeling_hkt, modeling_hkt.AUTO_CLASSES[self.auto_name])
 
     @abstractmethod
     def model_fields(self, task: TaskData) -> dict[str, Any]:
@@ -125,12 +120,14 @@ class SequenceClassification(Objective):
     def prepare(self, splits, tokenizer, config, train_split="train"):
         """Token ids (`input_ids`), `labels` and `length` of all splits."""
         splits = splits.rename_column("label", "labels")
-        return _tokenize(splits, tokenizer, config.tokenizer.max_length, train_split)
+        return _tokenize(splits, tokenizer, config.tokenizer, train_split)
 
     def trainer_arguments(self, task, tokenizer, config):
         """Padding, and the metrics of the kind of problem."""
         return {
-            "data_collator": DataCollatorWithPadding(tokenizer),
+            "data_collator": SegmentCollator(tokenizer)
+            if config.tokenizer.segments
+            else DataCollatorWithPadding(tokenizer),
             "compute_metrics": compute_metrics_for(task.problem_type),
         }
 
@@ -182,7 +179,9 @@ class MaskedLM(Objective):
                 for name, split in splits.items()
             }
         )
-        encoded = _tokenize(splits, tokenizer, config.tokenizer.max_length, train_split)
+        if config.tokenizer.segments:
+            raise ValueError("`tokenizer.segments` is for classification, not for the objective 'masked_lm'")
+        encoded = _tokenize(splits, tokenizer, config.tokenizer, train_split)
         for name, split in encoded.items():
             masker.check(split, name)
             if name != train_split:
@@ -227,13 +226,19 @@ def objective_of(config: Mapping[str, Any]) -> Objective:
 
 
 def _tokenize(
-    splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int, train_split: str | None
+    splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, settings, train_split: str | None
 ) -> datasets.DatasetDict:
-    """Token ids (`input_ids`) and `length` in place of the column `text`; what is evaluated has the longest first."""
+    """Token ids (`input_ids`) and `length` in place of the column `text`; what is evaluated has the longest first.
+
+    With `settings.segments` also `segment_ids`; settings are a [`~hkt_hf.config.TokenizerConfig`].
+    """
 
     def encode(batch: dict) -> dict:
-        input_ids = encode_texts(tokenizer, batch["text"], max_length)
-        return {"input_ids": input_ids, "length": [len(ids) for ids in input_ids]}
+        if settings.segments:
+            columns = tokenize_with_segments(batch["text"], tokenizer, settings.max_length)
+        else:
+            columns = {"input_ids": encode_texts(tokenizer, batch["text"], settings.max_length)}
+        return {**columns, "length": [len(ids) for ids in columns["input_ids"]]}
 
     encoded = splits.map(encode, batched=True, remove_columns=["text"], desc="tokenizing")
     for name, split in encoded.items():

@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -26,6 +27,8 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import CONFIG_NAME, cached_file
 
+from .architectures import DEFAULT as DEFAULT_ARCHITECTURE
+from .architectures import architecture
 from .card import build_card
 from .checkpoints import (
     check_weights,
@@ -41,7 +44,6 @@ from .data import TaskData, load_data
 from .environment import environment
 from .files import write_json, write_text
 from .metrics import ERRORS
-from .modeling import HKTConfig
 from .objectives import OBJECTIVES, Objective, objective_of
 from .presets import dump_yaml
 from .tokenization import build_tokenizer
@@ -421,15 +423,19 @@ def build_model_and_tokenizer(config: ExperimentConfig, task: TaskData):
                 f"got {config.tokenizer.max_length}"
             )
         return model, load_tokenizer(checkpoint, model.config)
-    tokenizer = build_tokenizer(
-        config.tokenizer.kind or task.tokenizer_kind,
-        model_max_length=config.tokenizer.max_length,
-        add_cls_token=config.tokenizer.add_cls_token,
-        split_special_tokens=objective.split_special_tokens,
-    )
+    if config.tokenizer.path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer.path, model_max_length=config.tokenizer.max_length)
+    else:
+        tokenizer = build_tokenizer(
+            config.tokenizer.kind or task.tokenizer_kind,
+            model_max_length=config.tokenizer.max_length,
+            add_cls_token=config.tokenizer.add_cls_token,
+            split_special_tokens=objective.split_special_tokens,
+        )
     fields = {"max_position_embeddings": config.tokenizer.max_length, **fields}
-    model_config = HKTConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **fields)
-    return objective.hkt_class(model_config), tokenizer
+    found = architecture(fields.pop("model_type", DEFAULT_ARCHITECTURE))
+    model_config = found.config_class(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **fields)
+    return found.model_class(objective.auto_name)(model_config), tokenizer
 
 
 def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:

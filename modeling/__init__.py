@@ -1,7 +1,9 @@
 """Self-contained model code: what travels with a checkpoint and needs only torch and transformers."""
 
 from .attention_hkt import CausalDownsample, choose_backend, hierarchical_attention, hierarchical_scores, lift
+from .attention_hsa import hierarchical_self_attention, hsa_energy, hsa_matrix
 from .configuration_hkt import HKTConfig
+from .configuration_hsa import HSAConfig
 from .modeling_hkt import (
     HKTForCausalLM,
     HKTForMaskedLM,
@@ -12,6 +14,8 @@ from .modeling_hkt import (
     HKTModel,
     HKTPreTrainedModel,
 )
+from .modeling_hsa import HSAForMaskedLM, HSAForSequenceClassification, HSAModel, HSAPreTrainedModel
+from .tree_hsa import SignalTree
 
 
 __all__ = [
@@ -25,8 +29,17 @@ __all__ = [
     "HKTForTokenClassification",
     "HKTModel",
     "HKTPreTrainedModel",
+    "HSAConfig",
+    "HSAForMaskedLM",
+    "HSAForSequenceClassification",
+    "HSAModel",
+    "HSAPreTrainedModel",
+    "SignalTree",
     "choose_backend",
     "hierarchical_attention",
     "hierarchical_scores",
+    "hierarchical_self_attention",
+    "hsa_energy",
+    "hsa_matrix",
     "lift",
 ]

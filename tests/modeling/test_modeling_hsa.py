@@ -1,0 +1,209 @@
+"""HSA models: trees from data and from the configuration, padding, saving, training, errors."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tiny_models import randomize, right_padded_batch
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from hkt_hf.modeling.attention_hsa import hsa_matrix
+from hkt_hf.modeling.configuration_hsa import HSAConfig
+from hkt_hf.modeling.modeling_hsa import HSAAttention, HSAForMaskedLM, HSAForSequenceClassification, HSAModel
+from hkt_hf.modeling.tree_hsa import SignalTree
+
+
+POSITIONS = ["absolute", "rope", "none"]
+
+
+def tiny(**fields):
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 32,
+        "branching": [4, None],
+        "max_position_embeddings": 64,
+        "hidden_dropout": 0.0,
+        "num_labels": 3,
+    }
+    return HSAConfig(**{**sizes, **fields})
+
+
+def model_of(cls=HSAForSequenceClassification, **fields):
+    torch.manual_seed(0)
+    return randomize(cls(tiny(**fields)))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_padding_on_either_side_changes_nothing(positions):
+    model = model_of(position_embedding_type=positions)
+    input_ids, mask = right_padded_batch([15, 23, 9], 23)
+    with torch.no_grad():
+        logits = model(input_ids, mask).logits
+        shifts = (mask == 0).sum(1).tolist()
+        left = [torch.stack([row.roll(n) for row, n in zip(rows, shifts, strict=True)]) for rows in (input_ids, mask)]
+        torch.testing.assert_close(model(*left).logits, logits, rtol=0, atol=1e-5)
+        for row, length in enumerate((15, 23, 9)):
+            single = model(input_ids[row : row + 1, :length]).logits
+            torch.testing.assert_close(single, logits[row : row + 1], rtol=0, atol=1e-5)
+
+
+def test_segments_are_the_tree():
+    model = model_of()
+    input_ids, mask = right_padded_batch([15, 23], 23)
+    sentences = torch.arange(23).expand(2, -1) // 4
+    paragraphs = torch.arange(23).expand(2, -1) // 12
+    with torch.no_grad():
+        by_rule = model(input_ids, mask).logits
+        torch.testing.assert_close(model(input_ids, mask, segment_ids=sentences[:, None]).logits, by_rule)
+        nested = model(input_ids, mask, segment_ids=torch.stack([sentences, paragraphs], 1)).logits
+        tree = SignalTree.from_segments([sentences, paragraphs], mask)
+        assert torch.equal(model(input_ids, mask, tree=tree).logits, nested)
+        assert (nested - by_rule).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("has_eps", [False, True])
+def test_the_attention_is_that_of_the_definition(has_eps):
+    config = tiny(sibling_positions=has_eps)
+    attention = randomize(HSAAttention(config, 0))
+    hidden_states = torch.randn(2, 13, 32)
+    tree = SignalTree.regular([13, 6], [4, None])
+    with torch.no_grad():
+        split = lambda states: states.unflatten(-1, (4, 8)).transpose(1, 2)  # noqa: E731
+        query = attention.q_norm(split(attention.q_proj(hidden_states)))
+        key = torch.nn.functional.layer_norm(split(attention.k_proj(hidden_states)), (8,), eps=1e-5)
+        eps = attention.sibling_positions([4, 4]) if has_eps else None
+        matrix = hsa_matrix(query, key, tree, eps=eps)
+        expected = (matrix @ split(attention.v_proj(hidden_states)).double()).transpose(1, 2).flatten(2).float()
+        found = attention(hidden_states, tree=tree)[0]
+    torch.testing.assert_close(found, attention.o_proj(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_flat_branching_is_plain_attention():
+    """By PyTorch's kernel and by the operator alike."""
+    model = model_of(branching=[None], sibling_positions=False)
+    input_ids, mask = right_padded_batch([15, 23], 23)
+    with torch.no_grad():
+        fast = model(input_ids, mask).logits
+        slow = model(input_ids, mask, segment_ids=torch.zeros(2, 1, 23, dtype=torch.long)).logits
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+def test_places_of_siblings_are_seen():
+    model = model_of(position_embedding_type="none")
+    without = model_of(position_embedding_type="none", sibling_positions=False)
+    input_ids = torch.randint(5, 40, (1, 12))
+    swapped = input_ids[:, [1, 0, *range(2, 12)]]
+    with torch.no_grad():
+        assert torch.allclose(without(input_ids).logits, without(swapped).logits, atol=1e-5)
+        assert not torch.allclose(model(input_ids).logits, model(swapped).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["HSAModel", "HSAForMaskedLM", "HSAForSequenceClassification"])
+def test_saved_models_come_back_through_the_auto_classes(name, tmp_path):
+    classes = {
+        "HSAModel": (HSAModel, AutoModel),
+        "HSAForMaskedLM": (HSAForMaskedLM, AutoModelForMaskedLM),
+        "HSAForSequenceClassification": (HSAForSequenceClassification, AutoModelForSequenceClassification),
+    }
+    cls, auto_class = classes[name]
+    model = model_of(cls)
+    input_ids, mask = right_padded_batch([15, 23], 23)
+    model.save_pretrained(tmp_path)
+    again = auto_class.from_pretrained(tmp_path)
+    assert type(again) is cls and type(AutoConfig.from_pretrained(tmp_path)) is HSAConfig
+    assert again.config.branching == [4, None]
+    with torch.no_grad():
+        for first, second in zip(model(input_ids, mask).values(), again(input_ids, mask).values(), strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_parameter_learns(positions):
+    model = model_of(position_embedding_type=positions).train()
+    input_ids, mask = right_padded_batch([15, 23], 23)
+    model(input_ids, mask, labels=torch.tensor([0, 2])).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+    masked = model_of(HSAForMaskedLM, position_embedding_type=positions).train()
+    labels = torch.where(mask == 1, input_ids, -100)
+    masked(input_ids, mask, labels=labels).loss.backward()
+    assert all(parameter.grad is not None for parameter in masked.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    input_ids, mask = right_padded_batch([15, 23], 23)
+    gradients = []
+    for checkpointing in (False, True):
+        model = model_of().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids, mask, labels=torch.tensor([0, 2])).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_half_precision_is_close():
+    model, input_ids = model_of(), torch.randint(5, 40, (2, 23))
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        found = model.bfloat16()(input_ids).logits
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_hidden_states_are_recorded():
+    output = model_of()(torch.randint(5, 40, (1, 9)), output_hidden_states=True)
+    assert [tuple(states.shape) for states in output.hidden_states] == [(1, 9, 32)] * 3
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"branching": [1, None]}, "`branching`"),
+        ({"branching": [None, 4]}, "`branching`"),
+        ({"branching": []}, "`branching`"),
+        ({"head_dim": 7}, "`head_dim` must be even"),
+        ({"hidden_size": 30}, "`hidden_size`"),
+        ({"max_family_size": 1}, "max_family_size"),
+        ({"hidden_act": "gelo"}, "`hidden_act`"),
+        ({"hidden_dropout": 1.5}, "`hidden_dropout`"),
+        ({"pad_token_id": 40}, "`pad_token_id`"),
+        ({"position_embedding_type": "alibi"}, "position_embedding_type"),
+    ],
+)
+def test_bad_configurations_are_refused(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        tiny(**fields)
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ({}, "exactly one of"),
+        ({"input_ids": torch.full((1, 3), 40)}, r"must lie in \[0, vocab_size\)"),
+        ({"input_ids": torch.ones(1, 65).long()}, "more than `max_position_embeddings`"),
+        (
+            {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 4)},
+            "`attention_mask` must have shape",
+        ),
+        (
+            {"input_ids": torch.ones(1, 3).long(), "segment_ids": torch.ones(1, 3).long()},
+            "`segment_ids` must have shape",
+        ),
+        (
+            {
+                "input_ids": torch.ones(1, 3).long(),
+                "segment_ids": torch.ones(1, 1, 3).long(),
+                "tree": SignalTree.regular([3], 2),
+            },
+            "at most one",
+        ),
+        ({"input_ids": torch.ones(1, 3).long(), "tree": SignalTree.regular([4], 2)}, "`tree` is of"),
+        ({"input_ids": torch.ones(1, 3).long(), "labels": torch.tensor([3])}, "`labels` must lie in"),
+    ],
+)
+def test_bad_input_is_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model_of()(**inputs)
