@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ..modeling import tree_hsa
 
 
+WHITESPACE = re.compile(r"\s")
 PARAGRAPH_BREAK = re.compile(r"\n\s*\n\s*|(?:<br\s*/?>\s*){2,}", re.IGNORECASE)
 
 
@@ -85,12 +86,26 @@ def text_segments(
 
 
 def sentence_starts(text: str, language: str = "en") -> list[int]:
-    """Where each sentence of a text begins, in characters; the first is 0. Sentences are those of the library sentencex."""
-    starts, position = [], 0
-    for sentence in sentencex.segment(language, text):
-        starts.append(position)
-        position += len(sentence)
-    return starts or [0]
+    """Where each sentence of a text begins, in characters; the first is 0.
+
+    Sentences are those that the library sentencex finds in each paragraph.
+
+    Args:
+        text (`str`): the text.
+        language (`str`, *optional*, defaults to `"en"`): its code, as the library has it.
+    """
+    starts, begin = [], 0
+    for end, following in [
+        *((match.start(), match.end()) for match in PARAGRAPH_BREAK.finditer(text)),
+        (len(text), 0),
+    ]:
+        # Plain spaces only: the library panics where whitespace of several bytes follows an initial.
+        paragraph = WHITESPACE.sub(" ", text[begin:end])
+        for sentence in sentencex.segment(language, paragraph):
+            starts.append(begin)
+            begin += len(sentence)
+        begin = following
+    return starts if starts[:1] == [0] else [0, *starts]
 
 
 def paragraph_starts(text: str) -> list[int]:

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import randomize
 from transformers import AutoTokenizer, ByT5Tokenizer, Trainer, TrainingArguments
 
 from hkt_hf import HSAConfig, HSAForSequenceClassification
 from hkt_hf.hsa import SegmentCollator, SignalTree, tokenize_with_segments
-from hkt_hf.hsa.tree import paragraph_starts, sentence_starts
+from hkt_hf.hsa.tree import PARAGRAPH_BREAK, paragraph_starts, sentence_starts
 
 
 TEXTS = ["I saw it twice. Dr. Smith was great!\n\nNew paragraph here? Yes.", "Short."]
@@ -20,13 +22,44 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(package.get_model_path())
 
 
+def cut(text, starts):
+    return [text[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+
 def test_sentences_and_paragraphs():
     text = "Café très bon. Il a dit: été!<br /><br />A U.S. movie, 3.5 stars. \n \n End"
-    assert "".join(
-        text[start:end] for start, end in zip(sentence_starts(text), [*sentence_starts(text)[1:], None], strict=True)
-    ) == text  # fmt: skip
-    assert [text[start:][:3] for start in paragraph_starts(text)] == ["Caf", "A U", "End"]
+    assert cut(text, sentence_starts(text)) == [
+        "Café très bon. ",
+        "Il a dit: été!<br /><br />",
+        "A U.S. movie, 3.5 stars. \n \n ",
+        "End",
+    ]
+    assert cut(text, paragraph_starts(text)) == [text[:41], "A U.S. movie, 3.5 stars. \n \n ", "End"]
     assert sentence_starts("") == [0] and paragraph_starts("a\n\n") == [0]
+    assert sentence_starts("\n\nOne. Two.") == [0, 2, 7]
+
+
+pieces = st.sampled_from(
+    ["a", "J", ". ", "! ", ".", " ", "\n", "\n\n", "\x85", "\xa0", "\u2028", "é", "😀", "Mr", "<br /><br />"]
+)
+
+
+@given(text=st.one_of(st.text(), st.lists(pieces, max_size=60).map("".join)))
+def test_every_character_is_in_one_sentence_of_one_paragraph(text):
+    """Whatever stands there: initials before whitespace of several bytes and characters of several bytes among it."""
+    sentences, paragraphs = sentence_starts(text), paragraph_starts(text)
+    for starts in (sentences, paragraphs):
+        assert starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] <= max(len(text) - 1, 0)
+    for start, paragraph in zip(paragraphs, cut(text, paragraphs), strict=True):
+        assert start in sentences or not PARAGRAPH_BREAK.sub("", paragraph).strip()
+
+
+def test_long_texts_keep_their_places():
+    """The library works on parts of some thousand characters, and loses blank lines between them."""
+    paragraph = "Ünder the sea. " * 3
+    text = "\n\n".join([paragraph.strip()] * 2000)
+    starts = sentence_starts(text)
+    assert len(starts) == 6000 and all(text[start] == "Ü" for start in starts)
 
 
 def test_trees_of_texts(tokenizer):
