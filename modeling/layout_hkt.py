@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .checks_common import values_can_be_read
+
 
 class SequenceLayout(NamedTuple):
     """How `B` rows of `T` columns hold `S` sequences of at most `M` tokens.
@@ -162,8 +164,3 @@ def _is_contiguous(real: torch.Tensor) -> torch.Tensor:
     first = real.long().argmax(dim=1, keepdim=True)
     counted = torch.arange(real.shape[1], device=real.device) - first
     return real == ((counted >= 0) & (counted < real.sum(dim=1, keepdim=True)))
-
-
-def values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether a check may look at values: not on the meta device, not while a graph is recorded."""
-    return tensor.device.type != "meta" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()

@@ -1,14 +1,12 @@
 # Copyright 2026 The hkt-hf authors. Licensed under the Apache License, Version 2.0.
-"""PyTorch HKT model, top to bottom: embeddings, rotary, attention, layer, model, heads."""
+"""PyTorch HKT model, top to bottom: attention, layer, model, heads."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask, create_causal_mask
@@ -22,7 +20,6 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -38,9 +35,18 @@ from .attention_hkt import (
     dispatch_attention,
 )
 from .cache_hkt import CacheStep, HKTCacheLayer, plan_next_step, plan_step, prepare_cache
+from .checks_common import (
+    check_class_labels,
+    check_integers,
+    check_sequence_labels,
+    check_token_labels,
+    check_tokens,
+    values_can_be_read,
+)
 from .configuration_hkt import HKTConfig
 from .from_flat_hkt import warm_start
-from .layout_hkt import SequenceLayout, find_layout, values_can_be_read
+from .layers_common import MLP, PredictionHead, RotaryEmbedding, apply_rotary_pos_emb, classifier_dropout, pool
+from .layout_hkt import SequenceLayout, find_layout
 
 
 # What one repository serves: Auto class -> class of this file. Registered by `hkt_hf`, written into every checkpoint.
@@ -120,51 +126,6 @@ class HKTMultipleChoiceOutput(MultipleChoiceModelOutput):
     """Output of [`HKTForMultipleChoice`]: that of transformers, and `level_weights` as in [`HKTModelOutput`]."""
 
     level_weights: tuple[torch.FloatTensor, ...] | None = None
-
-
-class HKTRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary position embedding, `(B, T, p)` each."""
-
-    def __init__(self, config: HKTConfig):
-        super().__init__()
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn: Callable = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init_fn(config)
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: HKTConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies `(p / 2,)` of the original rotary embedding, and the factor 1."""
-        base = config.rope_parameters["rope_theta"]
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return 1.0 / (base**exponents), 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        freqs = position_ids[..., None].float() * self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
-        angles = torch.cat((freqs, freqs), dim=-1)
-        cos = angles.cos() * self.attention_scaling
-        sin = angles.sin() * self.attention_scaling
-        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
-
-
-def rotate_half(states: torch.Tensor) -> torch.Tensor:
-    """Rotate half of the last dimension: `(a, b)` becomes `(-b, a)`."""
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `states (B, H, T, p)` by the angles of `cos` and `sin`, each `(B, T, p)`."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return states * cos + rotate_half(states) * sin
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
@@ -362,19 +323,6 @@ class HKTAttention(nn.Module):
         return attn_output, attn_weights, level_weights
 
 
-class HKTMLP(nn.Module):
-    """Feed-forward network of two linear layers."""
-
-    def __init__(self, config: HKTConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
 class HKTLayer(GradientCheckpointingLayer):
     """Transformer layer: attention and feed-forward, each with a residual connection.
 
@@ -385,7 +333,7 @@ class HKTLayer(GradientCheckpointingLayer):
     def __init__(self, config: HKTConfig, layer_idx: int):
         super().__init__()
         self.self_attn = HKTAttention(config, layer_idx)
-        self.mlp = HKTMLP(config)
+        self.mlp = MLP(config)
         self.norm_placement = config.norm_placement
         if self.norm_placement == "pre":
             self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -550,7 +498,7 @@ class HKTModel(HKTPreTrainedModel):
         if config.position_embedding_type == "absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
-            self.rotary_emb = HKTRotaryEmbedding(config)
+            self.rotary_emb = RotaryEmbedding(config)
         if config.type_vocab_size > 0:
             self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.norm_placement == "post":
@@ -876,7 +824,7 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: as [`HKTModel.forward`], or labels of another shape or dtype or outside `[0, vocab_size)`.
         """
-        labels = _check_token_labels(labels, input_ids, inputs_embeds, "vocab_size", self.config.vocab_size)
+        labels = check_token_labels(labels, input_ids, inputs_embeds, "vocab_size", self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -917,19 +865,6 @@ class HKTForCausalLM(HKTPreTrainedModel, GenerationMixin):
                 cache.activate_past_recording()
 
 
-class HKTPredictionHead(nn.Module):
-    """What a masked language model does before it scores tokens: linear layer, activation, layer norm (as in BERT)."""
-
-    def __init__(self, config: HKTConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.act_fn(self.dense(hidden_states)))
-
-
 class HKTForMaskedLM(HKTPreTrainedModel):
     """HKT encoder with a masked-language-model head, tied to the token embeddings by `config.tie_word_embeddings`.
 
@@ -947,7 +882,7 @@ class HKTForMaskedLM(HKTPreTrainedModel):
             raise ValueError("`is_decoder` (True) must be False in the configuration of a masked language model")
         super().__init__(config)
         self.model = HKTModel(config)
-        self.head = HKTPredictionHead(config)
+        self.head = PredictionHead(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -974,7 +909,7 @@ class HKTForMaskedLM(HKTPreTrainedModel):
         Raises:
             ValueError: as [`HKTModel.forward`], or labels of another shape or dtype or outside `[0, vocab_size)`.
         """
-        labels = _check_token_labels(labels, input_ids, inputs_embeds, "vocab_size", self.config.vocab_size)
+        labels = check_token_labels(labels, input_ids, inputs_embeds, "vocab_size", self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1015,7 +950,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = HKTModel(config)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -1048,7 +983,7 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         if labels is not None and tokens is not None:
             # In float32 or wider: half precision would round the targets of a regression.
             dtype = torch.promote_types(self.dtype, torch.float32)
-            labels = _check_labels(self.config, labels, (tokens.shape[0], self.num_labels), dtype)
+            labels = check_sequence_labels(self.config, labels, (tokens.shape[0], self.num_labels), dtype)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1083,7 +1018,7 @@ class HKTForTokenClassification(HKTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = HKTModel(config)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -1110,7 +1045,7 @@ class HKTForTokenClassification(HKTPreTrainedModel):
         Raises:
             ValueError: as [`HKTModel.forward`], or labels of another shape or dtype or outside `[0, num_labels)`.
         """
-        labels = _check_token_labels(labels, input_ids, inputs_embeds, "num_labels", self.num_labels)
+        labels = check_token_labels(labels, input_ids, inputs_embeds, "num_labels", self.num_labels)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1222,7 +1157,7 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
         _check_pooling(config)
         super().__init__(config)
         self.model = HKTModel(config)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
@@ -1275,7 +1210,7 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
         attention_mask, position_ids = flat(attention_mask), flat(position_ids)
         _check_one_sequence_a_row(attention_mask, position_ids)
         if labels is not None:
-            labels = _check_class_labels(labels, (batch_size,), "choices", num_choices)
+            labels = check_class_labels(labels, (batch_size,), "choices", num_choices)
         outputs = self.model(
             input_ids=flat(input_ids),
             attention_mask=attention_mask,
@@ -1297,43 +1232,8 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
         )
 
 
-def _classifier_dropout(config: HKTConfig) -> float:
-    return config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-
-
-def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """One vector a sequence, `(B, d)`, from `hidden_states (B, T, d)` and a padding mask `(B, T)`.
-
-    Args:
-        hidden_states (`torch.Tensor`): `(B, T, d)`.
-        attention_mask (`torch.Tensor`, *optional*): `(B, T)`, nonzero = real; `None` = all real.
-        pooling (`str`): `"mean"` over the real tokens (zeros where there are none), `"cls"`: the first real token,
-            `"last"`: the last real token.
-    """
-    if attention_mask is None:
-        return hidden_states.mean(dim=1) if pooling == "mean" else hidden_states[:, 0 if pooling == "cls" else -1]
-    mask = attention_mask.to(hidden_states.device) != 0
-    if pooling == "mean":
-        count = mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return (hidden_states * mask.unsqueeze(-1)).sum(dim=1) / count
-    column = mask.long().argmax(dim=1)  # the first real token
-    if pooling == "last":
-        column = (column + mask.sum(dim=1) - 1).clamp(min=0)
-    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), column]
-
-
 def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds, past_length=0) -> None:
-    name, tokens, rank = ("inputs_embeds", inputs_embeds, 3) if input_ids is None else ("input_ids", input_ids, 2)
-    if tokens.dim() != rank or tokens.shape[1] < 1:
-        shape = "(batch, length, hidden_size)" if rank == 3 else "(batch, length)"
-        raise ValueError(f"`{name}` must have shape {shape} with a length of at least 1, got {tuple(tokens.shape)}")
-    batch_size, length = tokens.shape[:2]
-    if input_ids is not None and values_can_be_read(input_ids):
-        outside = (input_ids < 0) | (input_ids >= config.vocab_size)
-        if outside.any():
-            raise ValueError(
-                f"`input_ids` must lie in [0, vocab_size) = [0, {config.vocab_size}), got {input_ids[outside][0].item()}"
-            )
+    batch_size, length = check_tokens(input_ids, inputs_embeds, config.vocab_size)
     if attention_mask is not None:
         total = past_length + length
         if attention_mask.dim() == 4:
@@ -1413,75 +1313,14 @@ def _check_one_sequence_a_row(attention_mask: torch.Tensor | None, position_ids:
         raise ValueError("`position_ids` restart within a row: packed sequences can't be pooled, give one a row")
 
 
-def _check_token_labels(
-    labels: torch.Tensor | None,
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    bound_name: str,
-    bound: int,
-) -> torch.Tensor | None:
-    """[`_check_class_labels`] for one label a token."""
-    tokens = inputs_embeds if input_ids is None else input_ids
-    if labels is None or tokens is None:  # the model refuses a call without tokens
-        return labels
-    return _check_class_labels(labels, tokens.shape[:2], bound_name, bound)
-
-
 def _check_answer(name: str, columns: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Columns of answers as int64 `(B,)`; ValueError for another shape or dtype, or below 0."""
     if tuple(columns.shape) not in ((batch_size,), (batch_size, 1)):
         raise ValueError(f"`{name}` must have shape {(batch_size,)}, got {tuple(columns.shape)}")
-    _check_integers(name, columns)
+    check_integers(name, columns)
     if values_can_be_read(columns) and (columns < 0).any():
         raise ValueError(f"`{name}` must be columns of the input, at least 0, got {columns[columns < 0][0].item()}")
     return columns.long().view(batch_size)
-
-
-def _check_integers(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"`{name}` must be integers, got {tensor.dtype}")
-
-
-def _check_class_labels(labels: torch.Tensor, shape: tuple[int, ...], bound_name: str, bound: int) -> torch.Tensor:
-    """The labels as int64; ValueError for another shape or dtype, or outside `[0, bound)` and not -100."""
-    if tuple(labels.shape) != tuple(shape):
-        raise ValueError(f"`labels` must have shape {tuple(shape)}, got {tuple(labels.shape)}")
-    _check_integers("labels", labels)
-    labels = labels.long().contiguous()
-    if values_can_be_read(labels):
-        outside = ((labels < 0) | (labels >= bound)) & (labels != -100)
-        if outside.any():
-            raise ValueError(f"`labels` must lie in [0, {bound_name}) = [0, {bound}), got {labels[outside][0].item()}")
-    return labels
-
-
-def _check_labels(
-    config: HKTConfig, labels: torch.Tensor, logits_shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """The labels as int64 or `dtype`, whichever the loss takes; ValueError where they do not fit the logits."""
-    batch_size, num_labels = logits_shape
-    problem_type = config.problem_type
-    if problem_type is None:  # as the loss itself decides
-        integers = labels.dtype in (torch.long, torch.int)
-        problem_type = "single_label_classification" if integers else "multi_label_classification"
-        problem_type = "regression" if num_labels == 1 else problem_type
-
-    one_a_row = problem_type == "single_label_classification" or (problem_type == "regression" and num_labels == 1)
-    shapes = [(batch_size,), (batch_size, 1)] if one_a_row else [(batch_size, num_labels)]
-    if tuple(labels.shape) not in shapes:
-        raise ValueError(
-            f"`labels` must have shape {' or '.join(map(str, shapes))} for {problem_type} with `num_labels` = "
-            f"{num_labels}, got {tuple(labels.shape)}"
-        )
-    if problem_type == "regression":
-        return labels.to(dtype)
-    if problem_type == "single_label_classification":
-        return _check_class_labels(labels, labels.shape, "num_labels", num_labels)
-    labels = labels.to(dtype)
-    allowed = (labels >= 0) & (labels <= 1)
-    if values_can_be_read(labels) and not allowed.all():
-        raise ValueError(f"`labels` must lie in [0, 1], got {labels[~allowed][0].item()}")
-    return labels
 
 
 __all__ = [

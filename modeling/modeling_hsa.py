@@ -16,17 +16,9 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_hsa import hierarchical_self_attention, tree_levels
+from .checks_common import check_sequence_labels, check_token_labels, check_tokens
 from .configuration_hsa import HSAConfig
-from .modeling_hkt import (
-    HKTMLP,
-    HKTPredictionHead,
-    HKTRotaryEmbedding,
-    _check_labels,
-    _check_token_labels,
-    _classifier_dropout,
-    apply_rotary_pos_emb,
-    pool,
-)
+from .layers_common import MLP, PredictionHead, RotaryEmbedding, apply_rotary_pos_emb, classifier_dropout, pool
 from .tree_hsa import SignalTree
 
 
@@ -146,7 +138,7 @@ class HSALayer(GradientCheckpointingLayer):
     def __init__(self, config: HSAConfig, layer_idx: int):
         super().__init__()
         self.self_attn = HSAAttention(config, layer_idx)
-        self.mlp = HKTMLP(config)
+        self.mlp = MLP(config)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -214,7 +206,7 @@ class HSAModel(HSAPreTrainedModel):
         if config.position_embedding_type == "absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         elif config.position_embedding_type == "rope":
-            self.rotary_emb = HKTRotaryEmbedding(config)
+            self.rotary_emb = RotaryEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(HSALayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -253,16 +245,10 @@ class HSAModel(HSAPreTrainedModel):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         if segment_ids is not None and tree is not None:
             raise ValueError("at most one of `segment_ids` and `tree` can be given")
-        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        if attention_mask is not None and tuple(attention_mask.shape) != tuple(shape):
-            raise ValueError(f"`attention_mask` must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
+        shape = check_tokens(input_ids, inputs_embeds, self.config.vocab_size)
+        if attention_mask is not None and tuple(attention_mask.shape) != shape:
+            raise ValueError(f"`attention_mask` must have shape {shape}, got {tuple(attention_mask.shape)}")
         if input_ids is not None:
-            outside = (input_ids < 0) | (input_ids >= self.config.vocab_size)
-            if outside.any():
-                raise ValueError(
-                    f"`input_ids` must lie in [0, vocab_size) = [0, {self.config.vocab_size}), got "
-                    f"{input_ids[outside][0].item()}"
-                )
             inputs_embeds = self.embed_tokens(input_ids)
         tree = self._tree(inputs_embeds, attention_mask, segment_ids) if tree is None else tree
         positions = _positions(inputs_embeds, attention_mask)
@@ -343,7 +329,7 @@ class HSAForMaskedLM(HSAPreTrainedModel):
     def __init__(self, config: HSAConfig):
         super().__init__(config)
         self.model = HSAModel(config)
-        self.head = HKTPredictionHead(config)
+        self.head = PredictionHead(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -370,7 +356,7 @@ class HSAForMaskedLM(HSAPreTrainedModel):
         Raises:
             ValueError: as [`HSAModel.forward`], or labels of another shape or dtype or outside `[0, vocab_size)`.
         """
-        labels = _check_token_labels(labels, input_ids, inputs_embeds, "vocab_size", self.config.vocab_size)
+        labels = check_token_labels(labels, input_ids, inputs_embeds, "vocab_size", self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -401,7 +387,7 @@ class HSAForSequenceClassification(HSAPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = HSAModel(config)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -433,7 +419,7 @@ class HSAForSequenceClassification(HSAPreTrainedModel):
         if labels is not None and tokens is not None:
             # In float32 or wider: half precision would round the targets of a regression.
             dtype = torch.promote_types(self.dtype, torch.float32)
-            labels = _check_labels(self.config, labels, (tokens.shape[0], self.num_labels), dtype)
+            labels = check_sequence_labels(self.config, labels, (tokens.shape[0], self.num_labels), dtype)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

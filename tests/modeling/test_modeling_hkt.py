@@ -23,7 +23,8 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from hkt_hf import HKTConfig, HKTForCausalLM, HKTForSequenceClassification, HKTModel
 from hkt_hf.modeling import polyphase_hkt
-from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, HKTAttention, pool
+from hkt_hf.modeling.layers_common import pool
+from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, HKTAttention
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
