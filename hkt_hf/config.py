@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from .architectures import DEFAULT as DEFAULT_ARCHITECTURE
 from .architectures import architecture
 from .data import DataConfig
+from .modeling import HSAConfig
 from .objectives import OBJECTIVES, MaskedLM, SequenceClassification
 from .presets import check_keys, field_names, packaged_config, parse_yaml, read_yaml
 from .tokenization import TOKENIZER_KINDS
@@ -152,6 +153,7 @@ def build_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     check_keys(model, ["checkpoint", "model_type", *field_names(config_class)], prefix="model.")
     tokenizer = _build_dataclass(TokenizerConfig, _section(values, "tokenizer"), prefix="tokenizer.")
     data = _build_dataclass(DataConfig, _section(values, "data"), prefix="data.")
+    _check_segments(tokenizer, model, config_class)
     checkpoint = model.pop("checkpoint", None)
     if checkpoint is None:
         _check_model(model, tokenizer.max_length)
@@ -288,6 +290,15 @@ def _check_objective(objective: Any, mlm_probability: Any) -> None:
         or not 0 < mlm_probability < 1
     ):
         raise ValueError(f"`mlm_probability` must be between 0 and 1 (exclusive), got {mlm_probability!r}")
+
+
+def _check_segments(tokenizer: TokenizerConfig, model: Mapping[str, Any], config_class: type) -> None:
+    if not isinstance(tokenizer.segments, bool):
+        raise ValueError(f"`tokenizer.segments` must be true or false, got {tokenizer.segments!r}")
+    if tokenizer.segments and "checkpoint" not in model and config_class is not HSAConfig:
+        raise ValueError(
+            "`tokenizer.segments` is for models that attend along a tree: set `model.model_type` to 'hsa'"
+        )
 
 
 def _check_model(model: Mapping[str, Any], max_length: int) -> None:

@@ -9,7 +9,7 @@ import transformers
 from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import TaskData
-from .hsa.data import SegmentCollator, tokenize_with_segments
+from .hsa.data import SegmentCollator, SegmentTextClassificationPipeline, tokenize_with_segments
 from .masking import EpochOfMasks, MaskingCollator, TokenMasker
 from .metrics import MASKED_LM_METRIC_NAMES, METRIC_NAMES, compute_metrics_for, masked_lm_metrics, sum_masked_tokens
 from .tokenization import encode_texts
@@ -81,7 +81,7 @@ class Objective(ABC):
 
     @abstractmethod
     def predict(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], segments: bool = False
     ) -> list[list[dict[str, Any]]]:
         """For each text a list of `{"label": str, "score": float}`, the best first; ValueError for an unfit text."""
 
@@ -124,16 +124,18 @@ class SequenceClassification(Objective):
 
     def trainer_arguments(self, task, tokenizer, config):
         """Padding, and the metrics of the kind of problem."""
+        collator = SegmentCollator if config.tokenizer.segments else DataCollatorWithPadding
         return {
-            "data_collator": SegmentCollator(tokenizer)
-            if config.tokenizer.segments
-            else DataCollatorWithPadding(tokenizer),
+            "data_collator": collator(tokenizer),
             "compute_metrics": compute_metrics_for(task.problem_type),
         }
 
-    def predict(self, model, tokenizer, texts):
+    def predict(self, model, tokenizer, texts, segments=False):
         """All labels of each text."""
-        classify = transformers.pipeline(self.pipeline, model=model, tokenizer=tokenizer)
+        pipeline_class = SegmentTextClassificationPipeline if segments else None
+        classify = transformers.pipeline(
+            self.pipeline, model=model, tokenizer=tokenizer, pipeline_class=pipeline_class
+        )
         return classify(texts, truncation=True, top_k=None)
 
 
@@ -198,7 +200,7 @@ class MaskedLM(Objective):
             "callbacks": [EpochOfMasks(collator)],
         }
 
-    def predict(self, model, tokenizer, texts):
+    def predict(self, model, tokenizer, texts, segments=False):
         """The five best tokens for the one mask token of each text."""
         limit = tokenizer.model_max_length
         for text in texts:

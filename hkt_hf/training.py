@@ -38,7 +38,7 @@ from .checkpoints import (
     local_folder,
     read_config,
 )
-from .config import ExperimentConfig, differences, load_experiment
+from .config import ExperimentConfig, TokenizerConfig, differences, load_experiment
 from .curves import CurvesCallback, write_curves
 from .data import TaskData, load_data
 from .environment import environment
@@ -371,7 +371,7 @@ def predict(checkpoint: str | Path, texts: list[str]) -> list[list[dict]]:
             raise ValueError(f"`texts` must not hold a text without tokens, got {text!r}")
         if tokenizer.unk_token_id in input_ids:
             logger.warning("the tokenizer does not know every token of %r", text)
-    return objective.predict(model, tokenizer, list(texts))
+    return objective.predict(model, tokenizer, list(texts), segments=_has_segments(checkpoint))
 
 
 def check_output_dir(output_dir: Path, config: ExperimentConfig) -> None:
@@ -423,19 +423,23 @@ def build_model_and_tokenizer(config: ExperimentConfig, task: TaskData):
                 f"got {config.tokenizer.max_length}"
             )
         return model, load_tokenizer(checkpoint, model.config)
-    if config.tokenizer.path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer.path, model_max_length=config.tokenizer.max_length)
-    else:
-        tokenizer = build_tokenizer(
-            config.tokenizer.kind or task.tokenizer_kind,
-            model_max_length=config.tokenizer.max_length,
-            add_cls_token=config.tokenizer.add_cls_token,
-            split_special_tokens=objective.split_special_tokens,
-        )
+    tokenizer = new_tokenizer(config.tokenizer, task.tokenizer_kind, objective.split_special_tokens)
     fields = {"max_position_embeddings": config.tokenizer.max_length, **fields}
     found = architecture(fields.pop("model_type", DEFAULT_ARCHITECTURE))
     model_config = found.config_class(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **fields)
     return found.model_class(objective.auto_name)(model_config), tokenizer
+
+
+def new_tokenizer(settings: TokenizerConfig, kind: str, split_special_tokens: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a fresh model: that of `settings.path`, or of `settings.kind`, or by default of `kind`."""
+    if settings.path is not None:
+        return AutoTokenizer.from_pretrained(settings.path, model_max_length=settings.max_length)
+    return build_tokenizer(
+        settings.kind or kind,
+        model_max_length=settings.max_length,
+        add_cls_token=settings.add_cls_token,
+        split_special_tokens=split_special_tokens,
+    )
 
 
 def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
@@ -559,6 +563,14 @@ def _experiment_file(checkpoint: str | Path) -> str:
     if found is None:
         raise ValueError(f"checkpoint {str(checkpoint)!r} holds no {CONFIG_FILE}, so its data is not known")
     return found
+
+
+def _has_segments(checkpoint: str | Path) -> bool:
+    """Whether a model was trained with the segments of its texts; not where it does not say how it was trained."""
+    try:
+        return load_experiment(_experiment_file(checkpoint)).tokenizer.segments
+    except (OSError, ValueError):
+        return False
 
 
 def _objective_of(checkpoint: str | Path) -> Objective:

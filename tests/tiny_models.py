@@ -3,7 +3,8 @@
 import clients
 import torch
 
-from hkt_hf.modeling import modeling_hkt
+from hkt_hf import HSAConfig
+from hkt_hf.modeling import modeling_hkt, modeling_hsa
 from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES
 
 
@@ -21,6 +22,29 @@ def tiny_head(auto_class, **fields):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return randomize(getattr(modeling_hkt, name)(tiny_config(**{**HEAD_FIELDS.get(name, {}), **fields})))
+
+
+def tiny_hsa_config(**kwargs):
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 32,
+        "branching": [4, None],
+        "max_position_embeddings": 64,
+        "hidden_dropout": 0.0,
+        "num_labels": 3,
+    }
+    return HSAConfig(**{**sizes, **kwargs})
+
+
+def tiny_hsa_head(auto_class, **fields):
+    """The HSA model that `auto_class` builds, as [`tiny_head`]."""
+    model_class = getattr(modeling_hsa, modeling_hsa.AUTO_CLASSES[auto_class])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomize(model_class(tiny_hsa_config(**fields)))
 
 
 def head_inputs(auto_class, input_ids, attention_mask):

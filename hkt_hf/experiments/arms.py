@@ -32,7 +32,8 @@ class Arm:
 
     Args:
         description (`str`): what it is, for people.
-        fields (mapping, *optional*): fields of [`HKTConfig`] that differ from the protocol's.
+        fields (mapping, *optional*): fields of [`HKTConfig`] that differ from the protocol's; with `model_type` those of
+            that architecture.
         change (`Callable`, *optional*): changes the model once it is built, before training.
         as_large_as (`str`, *optional*): `"parameters"` or `"flops"`: the feed-forward layers are widened until the model
             has as many as the arm `"hkt"` with the same positions.
@@ -40,6 +41,7 @@ class Arm:
         pretrained (`bool`, *optional*, defaults to `False`): begin with masked-LM pretraining on the task's training
             inputs.
         is_peer (`bool`, *optional*, defaults to `False`): a model of another library, by the arm's name.
+        segments (`bool`, *optional*, defaults to `False`): it is told which sentence and paragraph each token is in.
     """
 
     description: str
@@ -49,6 +51,12 @@ class Arm:
     setting_of: str | None = None
     pretrained: bool = False
     is_peer: bool = False
+    segments: bool = False
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether it is an HKT, flat or not, with a number of levels."""
+        return not self.is_peer and "model_type" not in self.fields
 
     @property
     def is_checkpoint(self) -> bool:
@@ -185,6 +193,16 @@ ARMS: dict[str, Arm] = {
     "hkt-psd": _ablation("positive semidefinite scores: keys are the queries", fields={"score_symmetry": "psd"}),
     "hkt-pool-cls": _ablation("pooling: the first token", fields={"pooling": "cls"}),
     "hkt-pool-last": _ablation("pooling: the last token", fields={"pooling": "last"}),
+    "hsa-flat": Arm(
+        "HSA's layers on a flat tree: plain attention",
+        {"model_type": "hsa", "branching": [None], "sibling_positions": False},
+    ),
+    "hsa": Arm("HSA along sentences and paragraphs", {"model_type": "hsa"}, segments=True),
+    "hsa-windows": Arm(
+        "HSA along windows of 16 tokens under one root",
+        {"model_type": "hsa", "branching": [16, None]},
+        setting_of="hsa",
+    ),
     "flat-pretrained": Arm("flat, after masked-LM pretraining on the task", {"num_levels": 1}, pretrained=True),
     "hkt-pretrained": Arm("HKT, after masked-LM pretraining on the task", pretrained=True),
 }
@@ -226,7 +244,7 @@ def setting_source(name: str) -> str:
 
 
 def model_fields(name: str, base: Mapping[str, Any], *, vocab_size: int, length: int, num_labels: int) -> dict:
-    """Fields of [`HKTConfig`] of an arm of ours.
+    """Fields of the configuration of an arm of ours.
 
     Args:
         name (`str`): the arm.

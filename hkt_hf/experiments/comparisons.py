@@ -8,24 +8,28 @@ from . import statistics
 from .records import POSITION_TITLES, PRETRAINED, ArmRuns, Section
 
 
+PAPER, HSA_PAPER = "arXiv 2604.08829", "arXiv 2509.15448"
+
+
 @dataclass(frozen=True)
 class PaperResult:
-    """Test accuracies in percent that the HKT paper states (three seeds, d = 128)."""
+    """Test accuracies in percent that a paper states: `hkt` is the hierarchical model's."""
 
     flat: float
     hkt: float
+    paper: str = PAPER
 
     @property
     def gain(self) -> float:
-        """Percentage points of HKT above flat attention."""
+        """Percentage points of the hierarchical model above flat attention."""
         return round(self.hkt - self.flat, 2)
 
 
-PAPER = "arXiv 2604.08829"
 PAPER_RESULTS = {
     "listops": PaperResult(flat=50.33, hkt=55.10),
     "cifar10": PaperResult(flat=34.01, hkt=35.45),
     "imdb": PaperResult(flat=62.72, hkt=70.19),
+    "imdb-words": PaperResult(flat=67.39, hkt=74.69, paper=HSA_PAPER),
 }
 
 
@@ -120,7 +124,7 @@ def comparisons(section: Section) -> list[Comparison]:
     """The comparisons of a task and protocol, in the order of the report.
 
     HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); variants
-    of flat, and BERT, against flat, and HKT against them; ablations against HKT (with the short convolution, also against
+    of flat, and BERT, against flat, and HKT against them; HSA against the same layers on a flat tree; ablations against HKT (with the short convolution, also against
     flat with it); pretrained arms against the same ones from scratch, and against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing shows.
     """
     found: list[Comparison] = []
@@ -140,6 +144,9 @@ def comparisons(section: Section) -> list[Comparison]:
     for arm in section.arms:
         if arm.final and (arm.kind == "flat variant" or arm.name == "bert"):
             compare(section.arm("hkt", arm.positions or "absolute"), arm)
+    for arm in section.arms:
+        if arm.kind == "hsa" and arm.name != "hsa-flat":
+            compare(arm, section.arm("hsa-flat", arm.positions), is_papers=arm.name == "hsa")
     for arm in section.arms:
         if arm.kind == "hkt ablation":
             compare(arm, section.arm("hkt", arm.positions))

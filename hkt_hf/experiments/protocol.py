@@ -147,8 +147,8 @@ def load_protocol(
     """Read the packaged protocol `configs/reproduce/{task}-{name}.yaml`.
 
     Args:
-        task (`str`): `"listops"`, `"cifar10"` or `"imdb"`.
-        name (`str`): `"cpu"` or `"paper"`.
+        task (`str`): one of `TASKS`.
+        name (`str`): `"cpu"` or `"paper"`, of which `"imdb-words"` has the first alone.
         overrides (sequence of `str`): command-line words such as `["--data.path", "data/imdb"]`, for any value of the
             file: `--search.learning_rate "[1e-3]"`.
         arms (sequence of `str`, *optional*): instead of those of the file.

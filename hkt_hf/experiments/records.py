@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 
 
-TASK_TITLES = {"listops": "ListOps", "cifar10": "sequential CIFAR-10", "imdb": "character IMDB"}
+TASK_TITLES = {
+    "listops": "ListOps",
+    "cifar10": "sequential CIFAR-10",
+    "imdb": "character IMDB",
+    "imdb-words": "IMDB in subwords",
+}
 PROTOCOLS = ("cpu", "paper")
 POSITION_TITLES = {"absolute": "absolute", "rope": "RoPE", None: ""}
 SEARCH_STAGES = ("search", "finalist")
@@ -247,12 +252,12 @@ class ArmRuns:
 
     @property
     def kind(self) -> str:
-        """`flat`, `flat variant`, `hkt`, `hkt ablation`, `pretrained` or `peer`."""
+        """`flat`, `flat variant`, `hkt`, `hkt ablation`, `hsa`, `pretrained` or `peer`."""
         if self.name.endswith(PRETRAINED):
             return "pretrained"
         if self.name in ("flat", "hkt"):
             return self.name
-        return {"flat": "flat variant", "hkt": "hkt ablation"}.get(self.name.partition("-")[0], "peer")
+        return {"flat": "flat variant", "hkt": "hkt ablation", "hsa": "hsa"}.get(self.name.partition("-")[0], "peer")
 
     def mean(self, key: str) -> float | None:
         """Mean over the seeds that finished of a numeric key; `None` if there are none, or one of them has no value."""
@@ -354,7 +359,7 @@ class Section:
         return [value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))]
 
 
-_ORDER = ("flat", "flat variant", "hkt", "hkt ablation", "pretrained", "peer")
+_ORDER = ("flat", "flat variant", "hkt", "hkt ablation", "hsa", "pretrained", "peer")
 
 
 def sections(records: Sequence[dict]) -> list[Section]:

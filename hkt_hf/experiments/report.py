@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..files import replacing, write_text
 from ..tables import escape, format_size, table
-from .comparisons import PAPER, PAPER_RESULTS, Comparison, comparisons, strongest_flat
+from .comparisons import HSA_PAPER, PAPER, PAPER_RESULTS, Comparison, comparisons, strongest_flat
 from .records import (
     FAILED,
     FINISHED,
@@ -152,17 +152,29 @@ def _figures(parts: Sequence[Section]) -> dict[str, Callable[[], object]]:
 
 
 def curve_arms(section: Section) -> list[ArmRuns]:
-    """The arms whose learning curves are drawn: flat and its variants, HKT, and both pretrained."""
-    return [arm for arm in section.arms if arm.finished and arm.kind in ("flat", "flat variant", "hkt", "pretrained")]
+    """The arms whose learning curves are drawn: flat and its variants, HKT, HSA, and what is pretrained."""
+    return [
+        arm
+        for arm in section.arms
+        if arm.finished and arm.kind in ("flat", "flat variant", "hkt", "hsa", "pretrained")
+    ]
 
 
 def _paper_sentence(parts: Sequence[Section]) -> str:
     results = {section.task: PAPER_RESULTS[section.task] for section in parts}
-    values = "; ".join(
-        f"{TASK_TITLES[task]} {result.flat:.2f} and {result.hkt:.2f} ({result.gain:+.2f})"
-        for task, result in results.items()
-    )
-    return f"The paper ({PAPER}; three seeds, d = 128) reports for flat attention and HKT: {values}."
+    sentences = []
+    for paper, before in (
+        (PAPER, f"The paper ({PAPER}; three seeds, d = 128) reports for flat attention and HKT: "),
+        (HSA_PAPER, f"The paper of HSA ({HSA_PAPER}; word2vec embeddings) reports for flat attention and HSA: "),
+    ):
+        values = [
+            f"{TASK_TITLES[task]} {result.flat:.2f} and {result.hkt:.2f} ({result.gain:+.2f})"
+            for task, result in results.items()
+            if result.paper == paper
+        ]
+        if values:
+            sentences.append(f"{before}{'; '.join(values)}.")
+    return " ".join(sentences)
 
 
 def _provenance(section: Section) -> list[str]:

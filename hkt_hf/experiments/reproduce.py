@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..config import build_experiment, differences, merge
 from ..data import TaskData, load_data
 from ..objectives import MaskedLM
-from ..tokenization import build_tokenizer
+from ..training import new_tokenizer
 from .arms import model_fields, parse_arm, setting_source
 from .protocol import Protocol, Setting
 from .records import FAILED, FINISHED, SEARCH_STAGES, best_record, finalists
@@ -204,6 +204,7 @@ class Sweep:
             if run.stage == "search":
                 changes["training"] |= protocol.search.training
         values = merge(config.to_dict(), changes)
+        values["tokenizer"]["segments"] = parse_arm(run.arm)[0].segments
         pretraining = self._pretraining(run)
         if pretraining:
             values["model"] = {"checkpoint": str(self.folder(pretraining[0])), "hidden_dropout": dropout}
@@ -211,7 +212,7 @@ class Sweep:
             values["model"] = {**config.model, "hidden_dropout": dropout}
         else:
             length = config.tokenizer.max_length
-            tokenizer = build_tokenizer(config.tokenizer.kind or self.task.tokenizer_kind, model_max_length=length)
+            tokenizer = new_tokenizer(config.tokenizer, self.task.tokenizer_kind)
             values["model"] = model_fields(
                 run.arm,
                 {**config.model, "hidden_dropout": dropout},
@@ -236,7 +237,7 @@ class Sweep:
             other = [
                 name
                 for name in differences(found, dict(now.config))
-                if name not in ("output_dir", "model.checkpoint", "data.path")
+                if name not in ("output_dir", "model.checkpoint", "data.path", "tokenizer.path")
             ]
             if other:
                 raise ValueError(

@@ -129,7 +129,7 @@ def record_run(specification: RunSpecification, measured: Mapping[str, Any]) -> 
         "task": specification.task,
         "protocol": specification.protocol,
         "arm": specification.arm.removesuffix(ROPE_SUFFIX),
-        "num_levels": None if arm.is_peer else levels,
+        "num_levels": levels if arm.has_levels else None,
         "position_embedding_type": position,
         "stage": specification.stage,
         "seed": specification.seed,

@@ -2,7 +2,7 @@
 
 from ..modeling.attention_hsa import hierarchical_self_attention, hsa_energy, hsa_matrix
 from .cost import attention_operations, hsa_operations
-from .data import SegmentCollator, tokenize_with_segments
+from .data import SegmentCollator, SegmentTextClassificationPipeline, tokenize_with_segments
 from .gap import gap_report
 from .inject import inject, load, restore
 from .tree import SignalTree
@@ -10,6 +10,7 @@ from .tree import SignalTree
 
 __all__ = [
     "SegmentCollator",
+    "SegmentTextClassificationPipeline",
     "SignalTree",
     "attention_operations",
     "gap_report",

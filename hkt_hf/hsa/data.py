@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TextClassificationPipeline
 
 from .tree import text_segments
 
@@ -72,3 +72,15 @@ class SegmentCollator:
             padded[row, :, first : first + length] = torch.tensor(levels)
         batch["segment_ids"] = padded
         return batch
+
+
+class SegmentTextClassificationPipeline(TextClassificationPipeline):
+    """The pipeline of transformers, for a model that was trained with the segments of its texts: it is told them.
+
+    The plain pipeline gives a model no segments; it then attends along the trees of its configuration.
+    """
+
+    def preprocess(self, inputs: str, **tokenizer_kwargs) -> dict[str, torch.Tensor]:
+        """Token ids and segments of one text, cut at the tokenizer's `model_max_length`."""
+        columns = tokenize_with_segments([inputs], self.tokenizer)
+        return SegmentCollator(self.tokenizer)([{name: values[0] for name, values in columns.items()}])

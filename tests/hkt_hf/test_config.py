@@ -158,6 +158,22 @@ def test_bad_overrides(words):
         ({"output_dir": "x", "model": {"max_position_embeddings": 8}}, r"`model.max_position_embeddings` \(8\)"),
         ({"output_dir": "x", "tokenizer": {"kind": "words"}}, "`tokenizer.kind`"),
         ({"output_dir": "x", "tokenizer": {"max_length": 0}}, "`tokenizer.max_length`"),
+        ({"output_dir": "x", "tokenizer": {"path": "x", "kind": "bytes"}}, "`tokenizer.path` .* can't be given with"),
+        ({"output_dir": "x", "tokenizer": {"path": "x", "add_cls_token": True}}, "`tokenizer.path` .* can't be given"),
+        ({"output_dir": "x", "tokenizer": {"segments": True}}, "set `model.model_type` to 'hsa'"),
+        (
+            {"output_dir": "x", "tokenizer": {"segments": 1}, "model": {"model_type": "hsa"}},
+            "`tokenizer.segments` must be true or false",
+        ),
+        (
+            {"output_dir": "x", "model": {"model_type": "hkd"}},
+            "`model.model_type` must be one of .* nearest one is 'hkt'",
+        ),
+        (
+            {"output_dir": "x", "model": {"model_type": "hsa", "num_levels": 3}},
+            "unknown key `model.num_levels`",
+        ),
+        ({"output_dir": "x", "model": {"model_type": "hsa", "branching": [1]}}, "branching"),
         ({"output_dir": "x", "data": {"tusk": "imdb"}}, "`data.tusk`; the nearest valid one is `data.task`"),
         ({"output_dir": "x", "data": {"task": "imdbb"}}, "imdb"),
         ({"output_dir": "x", "data": {"listops": {"max_len": 3}}}, "`data.listops.max_len`"),

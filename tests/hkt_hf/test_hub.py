@@ -7,13 +7,13 @@ import pytest
 import torch
 from clients import TEXTS, WITHOUT_PROJECT, run_python, tiny_config, tiny_tokenizer
 from hub_server import CORRUPT_UPLOAD, DROP_UPLOAD, OVERTAKE_COMMIT, REFUSE_COMMIT, HubServer
-from tiny_models import tiny_head
+from tiny_models import tiny_head, tiny_hsa_head
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import hkt_hf.hub
 from hkt_hf import HKTForSequenceClassification
 from hkt_hf.hub import push_checkpoint, release_files
-from hkt_hf.modeling import modeling_hkt
+from hkt_hf.modeling import modeling_hkt, modeling_hsa
 from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES, AUTO_MAP
 
 
@@ -325,14 +325,31 @@ def test_code_is_added_where_the_folder_lacks_it(recording_hub, tmp_path, lackin
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
-def test_every_class_can_be_pushed(recording_hub, tmp_path, auto_class):
-    tiny_head(auto_class).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "build, auto_class, name",
+    [
+        *((tiny_head, auto_class, name) for auto_class, name in AUTO_CLASSES.items()),
+        *((tiny_hsa_head, auto_class, name) for auto_class, name in modeling_hsa.AUTO_CLASSES.items()),
+    ],
+)
+def test_every_class_can_be_pushed(recording_hub, tmp_path, build, auto_class, name):
+    build(auto_class).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     push_checkpoint(tmp_path, "name")
     added, _ = recording_hub.commit
     assert added["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
-    assert dict(recording_hub.calls)["create_commit"]["commit_message"] == f"Upload {AUTO_CLASSES[auto_class]}"
+    assert dict(recording_hub.calls)["create_commit"]["commit_message"] == f"Upload {name}"
+
+
+def test_hsa_is_pushed_with_its_code(recording_hub, tmp_path):
+    tiny_hsa_head("AutoModelForMaskedLM").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tree_hsa.py").unlink()  # an incomplete copy is made whole
+    push_checkpoint(tmp_path, "name")
+    added, _ = recording_hub.commit
+    code = {path.rsplit("/", 1)[-1] for path in get_relative_import_files(modeling_hsa.__file__)}
+    assert {name for name in added if name.endswith(".py")} == {"modeling_hsa.py", *code}
+    assert json.loads(added["config.json"])["auto_map"] == modeling_hsa.AUTO_MAP
 
 
 def test_release_has_shards_and_index_and_only_needed_code(tmp_path):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from clients import WITHOUT_PROJECT, run_python
-from tiny_models import head_inputs, tiny_head
+from tiny_models import head_inputs, tiny_head, tiny_hsa_head
 from transformers import pipeline
 
 import hkt_hf
+from hkt_hf.modeling import modeling_hsa
 from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES
 from hkt_hf.tokenization import build_tokenizer
 
@@ -70,6 +71,7 @@ torch.save(results, output)
 """
 )
 
+HSA_PIPELINES = ["feature-extraction", "fill-mask", "text-classification"]
 TEXTS = ["h i e r a r c h y", "t r e e"]
 PIPELINES = {
     "feature-extraction": ("AutoModel", TEXTS, {}),
@@ -85,27 +87,30 @@ PIPELINES = {
 }
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """`(results of the process without this project, expected outputs by Auto class)`."""
-    folder = tmp_path_factory.mktemp("remote")
-    input_ids = torch.randint(1, 28, (2, 13), generator=torch.Generator().manual_seed(0))
-    attention_mask = torch.tensor([[1] * 13, [1] * 6 + [0] * 7])
-    tokenizer = build_tokenizer("bytes", model_max_length=64, split_special_tokens=False)
-    inputs, expected, backbones, pipelines = {}, {}, {}, {}
-    for auto_class in AUTO_CLASSES:
-        model = tiny_head(auto_class, vocab_size=len(tokenizer))
+def load_elsewhere(folder, heads, inputs, pipelines):
+    """Save models and load them in a process without this project.
+
+    Args:
+        folder (`Path`): where to.
+        heads (`dict`): models by Auto class, with the vocabulary of `TOKENIZER`.
+        inputs (`dict`): what each is called with.
+        pipelines (`dict`): as `PIPELINES`.
+
+    Returns:
+        `tuple`: results of the other process, expected outputs by Auto class.
+    """
+    expected, found_here = {}, {}
+    backbones = {}
+    for auto_class, model in heads.items():
         model.save_pretrained(folder / auto_class)
-        tokenizer.save_pretrained(folder / auto_class)
-        inputs[auto_class] = head_inputs(auto_class, input_ids, attention_mask)
+        TOKENIZER.save_pretrained(folder / auto_class)
         with torch.no_grad():
             expected[auto_class] = model(**inputs[auto_class])[0]
-            backbones[auto_class] = model.base_model(input_ids, attention_mask)[0]
-    for task, (auto_class, texts, arguments) in PIPELINES.items():
+            backbones[auto_class] = model.base_model(**inputs["AutoModel"])[0]
+    for task, (auto_class, texts, arguments) in pipelines.items():
         run = pipeline(task, model=str(folder / auto_class), batch_size=2)
         assert type(run.model).__module__.startswith("hkt_hf.")
-        pipelines[task] = json.dumps(run(texts, **arguments), default=float)
-    expected["backbone"], expected["pipelines"] = backbones, pipelines
+        found_here[task] = json.dumps(run(texts, **arguments), default=float)
     torch.save(inputs, folder / "inputs.pt")
     run_python(
         REMOTE,
@@ -114,10 +119,34 @@ def loaded(tmp_path_factory):
         folder,
         folder / "again",
         folder / "results.pt",
-        json.dumps(PIPELINES),
-        *AUTO_CLASSES,
+        json.dumps(pipelines),
+        *heads,
     )
-    return torch.load(folder / "results.pt"), expected
+    return torch.load(folder / "results.pt"), {**expected, "backbone": backbones, "pipelines": found_here}
+
+
+INPUT_IDS = torch.randint(1, 28, (2, 13), generator=torch.Generator().manual_seed(0))
+ATTENTION_MASK = torch.tensor([[1] * 13, [1] * 6 + [0] * 7])
+TOKENIZER = build_tokenizer("bytes", model_max_length=64, split_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """`(results of the process without this project, expected outputs by Auto class)`."""
+    heads = {auto_class: tiny_head(auto_class, vocab_size=len(TOKENIZER)) for auto_class in AUTO_CLASSES}
+    inputs = {auto_class: head_inputs(auto_class, INPUT_IDS, ATTENTION_MASK) for auto_class in AUTO_CLASSES}
+    return load_elsewhere(tmp_path_factory.mktemp("remote"), heads, inputs, PIPELINES)
+
+
+@pytest.fixture(scope="module")
+def loaded_hsa(tmp_path_factory):
+    """The same of HSA, with segments as inputs; the pipelines know none and attend along the configuration's trees."""
+    heads = {name: tiny_hsa_head(name, vocab_size=len(TOKENIZER)) for name in modeling_hsa.AUTO_CLASSES}
+    sentences, paragraphs = torch.arange(13) // 3, torch.arange(13) // 6
+    segment_ids = torch.stack([sentences, paragraphs]).expand(2, -1, -1)
+    batch = {"input_ids": INPUT_IDS, "attention_mask": ATTENTION_MASK, "segment_ids": segment_ids}
+    pipelines = {task: PIPELINES[task] for task in HSA_PIPELINES}
+    return load_elsewhere(tmp_path_factory.mktemp("remote-hsa"), heads, dict.fromkeys(heads, batch), pipelines)
 
 
 def test_config_loads(loaded):
@@ -131,12 +160,40 @@ def leaves(value):
     return [leaf for part in value for leaf in leaves(part)] if isinstance(value, list) else [value]
 
 
-@pytest.mark.parametrize("task", PIPELINES)
-def test_pipelines_give_the_same_results(loaded, task):
+def check_pipelines(loaded, task):
     results, expected = (leaves(json.loads(part["pipelines"][task])) for part in loaded)
     assert len(results) == len(expected) > 1
     for found, wanted in zip(results, expected, strict=True):
         assert found == (pytest.approx(wanted, abs=1e-5) if isinstance(wanted, float) else wanted)
+
+
+@pytest.mark.parametrize("task", PIPELINES)
+def test_pipelines_give_the_same_results(loaded, task):
+    check_pipelines(loaded, task)
+
+
+@pytest.mark.parametrize("task", HSA_PIPELINES)
+def test_pipelines_of_hsa_give_the_same_results(loaded_hsa, task):
+    check_pipelines(loaded_hsa, task)
+
+
+@pytest.mark.parametrize("auto_class", modeling_hsa.AUTO_CLASSES)
+def test_hsa_gives_the_same_numbers(loaded_hsa, auto_class):
+    results, expected = loaded_hsa
+    assert results["config"] == "HSAConfig"
+    for saved in ("first", "again"):
+        class_name, output = results[saved][auto_class]
+        assert class_name == modeling_hsa.AUTO_CLASSES[auto_class]
+        assert torch.equal(output, expected[auto_class])
+    class_name, output = results["backbone"][auto_class]
+    assert class_name == "HSAModel" and torch.equal(output, expected["backbone"][auto_class])
+
+
+def test_a_checkpoint_carries_the_code_of_its_own_architecture(tmp_path):
+    tiny_hsa_head("AutoModel").save_pretrained(tmp_path)
+    code = {"attention_hsa", "checks_common", "configuration_hsa", "layers_common", "modeling_hsa", "tree_hsa"}
+    assert {path.stem for path in tmp_path.glob("*.py")} == code
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == modeling_hsa.AUTO_MAP
 
 
 @pytest.mark.parametrize("saved", ["first", "again"], ids=["saved-here", "saved-from-remote-code"])

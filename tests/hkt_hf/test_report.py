@@ -185,6 +185,7 @@ def test_the_paper_is_quoted_right():
         "listops": (50.33, 55.10, 4.77),
         "cifar10": (34.01, 35.45, 1.44),
         "imdb": (62.72, 70.19, 7.47),
+        "imdb-words": (67.39, 74.69, 7.30),
     }
     text = markdown([*both_arms(), *both_arms(task="imdb")])
     assert "ListOps 50.33 and 55.10 (+4.77); character IMDB 62.72 and 70.19 (+7.47)" in text

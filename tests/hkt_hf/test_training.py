@@ -16,8 +16,10 @@ from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from hkt_hf import HKTConfig, HKTForSequenceClassification
+from hkt_hf.checkpoints import load_checkpoint
 from hkt_hf.cli import main
 from hkt_hf.config import build_experiment
+from hkt_hf.tokenization import build_tokenizer
 from hkt_hf.training import EpochSeededLengthSampler, check_output_dir, evaluate_checkpoint, predict, train
 
 
@@ -187,6 +189,42 @@ def test_regression_and_fine_tuning_from_a_checkpoint(tmp_path, finished_run):
                 )
             )
         )
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_hsa_trains_evaluates_and_predicts(tmp_path, segments):
+    """From the configuration alone, with trees of the text or of the configuration, and with a tokenizer from a folder."""
+    write_csv(tmp_path / "reviews.csv", [f"Film {i}. It was {'good' if i % 2 else 'bad'}.,{i % 2}" for i in range(60)])
+    build_tokenizer("bytes", model_max_length=512).save_pretrained(tmp_path / "tokenizer")
+    sizes = {name: value for name, value in TINY_MODEL.items() if name != "num_levels"}
+    values = experiment(
+        tmp_path / "run", tokenizer={"path": str(tmp_path / "tokenizer"), "segments": segments, "max_length": 24}
+    )
+    values |= {
+        "model": {"model_type": "hsa", "branching": [4, None], **sizes},
+        "data": {"task": "text", "path": str(tmp_path / "reviews.csv")},
+    }
+    report = train(build_experiment(values))
+    assert report["steps"] == 8 and set(report["test"]) == {"loss", "accuracy"}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "hsa"
+    assert evaluate_checkpoint(tmp_path / "run")["loss"] == pytest.approx(report["test"]["loss"], abs=1e-6)
+
+    text = "Film 3. It was good."
+    model, tokenizer = load_checkpoint(tmp_path / "run")
+    inputs = dict(tokenizer(text, return_tensors="pt"))
+    if segments:  # two sentences in one paragraph
+        inputs["segment_ids"] = torch.tensor([[[0] * 8 + [1] * 12, [0] * 20]])
+    with torch.no_grad():
+        expected = sorted(model(**inputs).logits[0].softmax(-1).tolist(), reverse=True)
+    (found,) = predict(tmp_path / "run", [text])
+    assert [entry["score"] for entry in found] == pytest.approx(expected, abs=1e-6)
+
+
+def test_segments_are_for_classification(tmp_path):
+    sizes = {name: value for name, value in TINY_MODEL.items() if name != "num_levels"}
+    values = experiment(tmp_path / "run", tokenizer={"segments": True}) | {"objective": "masked_lm"}
+    with pytest.raises(ValueError, match=r"`tokenizer\.segments` is for classification"):
+        train(build_experiment({**values, "model": {"model_type": "hsa", **sizes}}))
 
 
 def test_several_labels_train_evaluate_and_predict(tmp_path, capsys):
