@@ -1,6 +1,7 @@
 # Copyright 2026 The hkt-hf authors. Licensed under the Apache License, Version 2.0.
 """PyTorch HSA encoder, top to bottom: sibling positions, attention, layer, model, heads."""
 
+import itertools
 import os
 
 import torch
@@ -250,7 +251,10 @@ class HSAModel(HSAPreTrainedModel):
             raise ValueError(f"`attention_mask` must have shape {shape}, got {tuple(attention_mask.shape)}")
         if input_ids is not None:
             inputs_embeds = self.embed_tokens(input_ids)
-        tree = self._tree(inputs_embeds, attention_mask, segment_ids) if tree is None else tree
+        if tree is None:
+            tree = self._tree(inputs_embeds, attention_mask, segment_ids)
+        elif isinstance(tree, SignalTree):  # the operator refuses anything else
+            tree = tree.to(inputs_embeds.device)
         positions = _positions(inputs_embeds, attention_mask)
         limit = self.config.max_position_embeddings
         position_embeddings = None
@@ -291,7 +295,7 @@ class HSAModel(HSAPreTrainedModel):
         # Padding in front: groups are counted from the first real token.
         positions = mask.long().cumsum(1) - 1
         ids, width = [], 1
-        for factor in [branching] * 64 if isinstance(branching, int) else branching:
+        for factor in itertools.repeat(branching) if isinstance(branching, int) else branching:
             if factor is None or width >= size:
                 break
             width *= factor

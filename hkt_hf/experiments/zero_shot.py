@@ -21,9 +21,10 @@ from ..config import ExperimentConfig
 from ..data import TaskData, load_data
 from ..environment import environment
 from ..files import replacing, write_json
+from ..hsa.attention import attention_modules
 from ..hsa.cost import attention_operations, hsa_operations
 from ..hsa.gap import gap_report
-from ..hsa.inject import attention_modules, inject, restore
+from ..hsa.inject import inject, restore
 from ..hsa.tree import SignalTree
 from ..tokenization import encode_texts
 from ..training import build_model_and_tokenizer, train

@@ -9,15 +9,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..modeling.attention_hsa import hsa_energy
-from .inject import (
+from .attention import (
     DEFAULT_BRANCHING,
+    LayerChoice,
     TreeBuilder,
-    _has_window,
-    _left_padding,
-    _ModuleChoice,
-    _roll,
     attention_modules,
+    has_window,
     hsa_mask,
+    left_padding,
+    roll,
 )
 
 
@@ -55,14 +55,14 @@ def gap_report(
         raise ValueError(f"`num_rows` must be at least 1, got {num_rows}")
     modules = attention_modules(model)
     builder = tree if callable(tree) else None
-    choice = _ModuleChoice(None if callable(tree) else tree, builder, tuple(exact_tokens))
+    choice = LayerChoice(None if callable(tree) else tree, builder, tuple(exact_tokens))
     generator = torch.Generator().manual_seed(seed)
     found: dict[int, torch.Tensor] = {}
     layer_of = {id(module): layer for layer, module in modules.items()}
 
     def probe(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         layer = layer_of[id(module)]
-        if not _has_window(module):
+        if not has_window(module):
             found[layer] = _gaps(choice, query, key, attention_mask, scaling, num_rows, generator)
         kwargs.pop("is_causal", None)
         return sdpa_attention_forward(
@@ -97,10 +97,10 @@ def _gaps(choice, query, key, attention_mask, scaling, num_rows: int, generator)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch_size, heads, length, _ = query.shape
     mask = None if attention_mask is None else attention_mask[:, 0, 0]
-    shift = None if mask is None else _left_padding(mask)
+    shift = None if mask is None else left_padding(mask)
     if shift is not None:
-        query, key = _roll(query, shift), _roll(key, shift)
-        mask = _roll(mask[:, None, :, None], shift)[:, 0, :, 0]
+        query, key = roll(query, shift), roll(key, shift)
+        mask = roll(mask[:, None, :, None], shift)[:, 0, :, 0]
     tree = choice.tree(query, mask)
     weights = tree.mask.double()
     weights[:, [position for position in choice.exact_tokens if position < length]] = 0.0

@@ -215,6 +215,25 @@ def test_as_attention_implementation():
     assert torch.equal(found, logits(other, **batch))
 
 
+def test_a_saved_choice_is_not_read_as_another(tmp_path):
+    """A checkpoint that says how it was injected does not fall back to default trees, or to none, without a word."""
+    model = encoder()
+    inject(model, tree=(4, None), layers=[1])
+    model.save_pretrained(tmp_path)
+    named = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="hsa")
+    with pytest.raises(ValueError, match=r"`hkt_hf\.hsa\.load` reads it"):
+        named(**batch_of())
+
+
+def test_a_tree_of_another_length_is_refused():
+    model = encoder()
+    inject(model, tree=lambda mask: SignalTree.regular([7] * len(mask), 2), layers=[0])
+    with pytest.raises(
+        ValueError, match="`tree` is of 3 sequences padded to 7 tokens, got states of 3 sequences of 23"
+    ):
+        model(**batch_of())
+
+
 def test_an_injected_model_trains():
     model, batch = encoder().train(), batch_of()
     inject(model, tree=(4, None), layers="all")
@@ -286,6 +305,8 @@ def test_auto_takes_the_most_layers_within_the_budget():
         ({"layers": [-1]}, r"must lie in \[0, 3\), got -1"),
         ({"layers": [0, 0]}, "different indices"),
         ({"layers": []}, "at least one"),
+        ({"layers": [0.5]}, "`layers` must be integers"),
+        ({"layers": [0], "exact_tokens": (0.5,)}, "`exact_tokens` must be integers"),
         ({"layers": [0], "tree": (1, None)}, "at least 2"),
         ({"layers": [0], "tree": (None, 4)}, "None at the last level only"),
         ({"layers": [0], "exact_tokens": (-1,)}, "`exact_tokens`"),

@@ -1,0 +1,187 @@
+"""HSA as an attention function of transformers: which modules it can serve, its mask, and how one module attends (ours)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+from ..modeling.attention_hsa import hierarchical_self_attention
+from ..modeling.tree_hsa import SignalTree
+
+
+ATTENTION_NAME = "hsa"
+CONFIG_KEY = "hsa"
+DEFAULT_BRANCHING = (16, None)
+TreeBuilder = Callable[[torch.Tensor], SignalTree]
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The self-attention modules of an encoder by the index of their layer.
+
+    Raises:
+        TypeError: no `PreTrainedModel`.
+        ValueError: a model that can't be served; the message says why.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a PreTrainedModel, got {type(model).__name__}")
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
+        raise ValueError(f"`model` must be an encoder, got {name}, which is or has a decoder")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"`model` ({name}) can't be served: its attention does not go through `AttentionInterface`")
+    recorded = (getattr(model, "_can_record_outputs", None) or {}).get("attentions")
+    recorded = recorded[0] if isinstance(recorded, list | tuple) else recorded
+    target = getattr(recorded, "target_class", recorded)
+    found = [module for module in model.modules() if target is not None and isinstance(module, target)]
+    if not found:
+        raise ValueError(f"`model` ({name}) can't be served: it does not say which of its modules attend")
+    if any(getattr(module, "is_causal", False) for module in found):
+        raise ValueError(f"`model` must be an encoder, got {name}, whose attention is causal")
+    return dict(enumerate(found))
+
+
+def has_window(module: nn.Module) -> bool:
+    """Whether a module attends to a sliding window only."""
+    return getattr(module, "sliding_window", None) is not None
+
+
+def hsa_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of the name `"hsa"`: HSA where the module has been chosen, PyTorch's attention elsewhere.
+
+    Args:
+        module (`nn.Module`): the attention module; where nothing was injected, all layers of a model with
+            `attn_implementation="hsa"` use the default trees.
+        query, key, value (`torch.Tensor`): `(B, H, N, d)`.
+        attention_mask (`torch.Tensor`, *optional*): `(B, 1, 1, N)` bool, True = real, from [`hsa_mask`].
+        scaling (`float`, *optional*): factor of the scores.
+        dropout (`float`, *optional*, defaults to 0.0): of the output of HSA (ours; the paper has none).
+
+    Returns:
+        `tuple[torch.Tensor, None]`: `(B, N, H, d)`; HSA has no attention weights to give.
+
+    Raises:
+        ValueError: a model that was not injected, from a checkpoint that says how it was.
+    """
+    if "_hsa" in module.__dict__:
+        choice = module.__dict__["_hsa"]
+    elif getattr(module.config, CONFIG_KEY, None) is None:
+        choice = LayerChoice(DEFAULT_BRANCHING, None, ())
+    else:
+        raise ValueError(
+            "`attn_implementation='hsa'` can't be given for a checkpoint that was saved with an injection: "
+            "`hkt_hf.hsa.load` reads it"
+        )
+    if choice is None or (attention_mask is not None and attention_mask.shape[-2] != 1):
+        kwargs.pop("is_causal", None)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=False, **kwargs
+        )
+    mask = None if attention_mask is None else attention_mask[:, 0, 0]
+    output = choice.attend(query, key, value, mask, scaling)
+    return F.dropout(output, dropout, module.training).transpose(1, 2), None
+
+
+def hsa_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args,
+    mask_function: Callable = bidirectional_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """The mask for [`hsa_attention`]: `(B, 1, 1, N)` where nothing but padding is masked, transformers' own elsewhere.
+
+    A sequence without any real token attends everywhere, so that no kernel divides by zero.
+    """
+    if mask_function is not bidirectional_mask_function:
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            *args,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    real = attention_mask.bool()
+    return (real | ~real.any(1, keepdim=True))[:, None, None, :]
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """How one attention module attends.
+
+    Args:
+        branching (`int` or sequence of `int` and `None`, *optional*): of regular trees; `None` where there is a builder.
+        builder (`Callable`, *optional*): from the mask of a batch, bool `(B, N)`, to its trees.
+        exact_tokens (sequence of `int`): positions whose rows are those of flat attention.
+    """
+
+    branching: int | Sequence[int | None] | None
+    builder: TreeBuilder | None
+    exact_tokens: Sequence[int]
+
+    def tree(self, query: torch.Tensor, mask: torch.Tensor | None) -> SignalTree:
+        """Trees of a batch whose real tokens come first."""
+        batch_size, _, length, _ = query.shape
+        if self.builder is not None:
+            real = torch.ones(batch_size, length, dtype=torch.bool, device=query.device) if mask is None else mask
+            return self.builder(real)
+        if mask is None:
+            lengths = torch.full((batch_size,), length, device=query.device)
+        else:
+            lengths = mask.sum(1)
+        return SignalTree.regular(lengths, self.branching, size=length)
+
+    def attend(self, query, key, value, mask, scaling) -> torch.Tensor:
+        """HSA, with the exact rows: `(B, H, N, e)`."""
+        shift = None if mask is None else left_padding(mask)
+        if shift is not None:
+            query, key, value = (roll(states, shift) for states in (query, key, value))
+            mask = roll(mask[:, None, :, None], shift)[:, 0, :, 0]
+        exact = [position for position in self.exact_tokens if position < query.shape[2]]
+        row_weights = None
+        if exact:
+            row_weights = torch.ones(query.shape[0], query.shape[2], device=query.device)
+            row_weights[:, exact] = 0.0
+        tree = self.tree(query, mask)
+        output = hierarchical_self_attention(query, key, value, tree, scale=scaling, row_weights=row_weights)
+        if exact:
+            key_mask = None if mask is None else mask[:, None, None, :]
+            rows = F.scaled_dot_product_attention(query[:, :, exact], key, value, attn_mask=key_mask, scale=scaling)
+            output = output.index_copy(2, torch.tensor(exact, device=output.device), rows)
+        return output if shift is None else roll(output, -shift)
+
+
+def left_padding(mask: torch.Tensor) -> torch.Tensor | None:
+    """Padded columns before the first real one, `(B,)`, or `None` where no sequence has any."""
+    first = mask.long().argmax(1)
+    return first if bool(first.any()) else None
+
+
+def roll(states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Roll the third dimension of `(B, H, N, e)` by `-shift (B,)`."""
+    length = states.shape[2]
+    index = (torch.arange(length, device=states.device) + shift[:, None]) % length
+    return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+AttentionInterface.register(ATTENTION_NAME, hsa_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, hsa_mask)

@@ -1,0 +1,181 @@
+"""HSA's experiments at tiny sizes: what is measured, what is kept, and what is refused."""
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BertConfig, BertModel
+
+from hkt_hf.config import build_experiment
+from hkt_hf.data.images import CIFAR10_NAMES
+from hkt_hf.experiments import two_modalities as modalities
+from hkt_hf.experiments import zero_shot as frontier
+from hkt_hf.tokenization import build_tokenizer
+
+
+@pytest.fixture
+def fine_tuning(tmp_path):
+    """Configuration of a tiny BERT that is fine-tuned on texts of two classes."""
+    tokenizer = build_tokenizer("bytes", model_max_length=32, add_cls_token=True)
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, pad_token_id=0, **sizes)
+    BertModel(config).save_pretrained(tmp_path / "encoder")
+    texts = ["good " * (1 + i % 5) if i % 2 else "bad and " * (1 + i % 4) for i in range(60)]
+    Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(60)]}).to_csv(str(tmp_path / "texts.csv"))
+    return build_experiment(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"checkpoint": str(tmp_path / "encoder")},
+            "data": {"task": "text", "path": str(tmp_path / "texts.csv"), "test_fraction": 0.3},
+            "tokenizer": {"max_length": 32},
+            "training": {
+                **{"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "disable_tqdm": True},
+                **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+            },
+        }
+    )
+
+
+def test_zero_shot_measures_every_case_once(fine_tuning, tmp_path):
+    protocol = frontier.Protocol(
+        lengths=[16, 32],
+        layer_sets=[[1], [0, 1]],
+        trees=[4, [8, None]],
+        num_test=9,
+        batch_size=4,
+        without_exact=[([1], 4)],
+        further_steps=2,
+        further=[([0, 1], 4)],
+    )
+    path = tmp_path / "result.json"
+    result = frontier.zero_shot(fine_tuning, protocol, path)
+    assert len(result["rows"]) == 2 * (1 + 2 * 2 + 1) + 1 and len(result["gaps"]) == 2 * 2
+    flat = result["rows"][0]
+    assert flat["tree"] is None and flat["operations"] == flat["operations_flat"]
+    assert flat["saved_in_replaced_layers"] is None and flat["examples"] == 9
+    for row in result["rows"]:
+        assert 0 <= row["accuracy"] <= 1 and row["operations"] <= row["operations_flat"]
+    exact, without = (
+        next(row for row in result["rows"] if (row["layers"], row["tree"], row["exact_tokens"]) == ([1], 4, tokens))
+        for tokens in ([0], [])
+    )
+    assert without["saved_in_replaced_layers"] > exact["saved_in_replaced_layers"] > 0
+    assert result["rows"][-1]["further_steps"] == 2
+    before = path.read_text()
+    again = frontier.zero_shot(fine_tuning, protocol, path)
+    assert again["rows"] == json.loads(before)["rows"]
+    frontier.plot(again, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="another configuration or protocol"):
+        frontier.zero_shot(fine_tuning, replace(protocol, num_test=8), path)
+
+
+def test_captions_are_of_the_kind_that_the_label_says():
+    generator = torch.Generator().manual_seed(0)
+    pixels, classes = torch.randint(256, (400, 16), generator=generator), torch.arange(400) % 10
+    input_ids, lengths, labels = modalities.examples(pixels, classes, generator)
+    words = {index: word for word, index in modalities.VOCABULARY.items()}
+    assert torch.equal(input_ids[:, :16] - 1, pixels) and 150 < int(labels.sum()) < 250
+    named = set()
+    for row in range(400):
+        caption = [words[index] for index in input_ids[row, 16 : 16 + lengths[row]].tolist()]
+        (name,) = set(caption) & set(CIFAR10_NAMES)
+        named.add(name)
+        is_match = (name in modalities.VEHICLES) == (CIFAR10_NAMES[classes[row]] in modalities.VEHICLES)
+        assert is_match == bool(labels[row])
+        assert (input_ids[row, 16 + lengths[row] :] == modalities.PAD).all()
+    assert named == set(CIFAR10_NAMES)
+
+
+@pytest.mark.parametrize("arm", modalities.ARMS)
+def test_trees_of_two_modalities(arm):
+    """Pictures of 4 by 4 pixels and captions of two and five words."""
+    tree = modalities.ARMS[arm](4, torch.tensor([2, 5]))
+    assert tree.size == 16 + modalities.LONGEST_CAPTION and tree.lengths.tolist() == [18, 21]
+    pixels, words = list(range(16)), [16, 17]
+    blocks = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    expected = {
+        "flat": [*pixels, *words],
+        "modalities": [pixels, words],
+        "quadtree": [blocks, words],
+        "line": [[pixels[start : start + 4] for start in range(0, 16, 4)], words],
+    }
+    assert tree.nested()[0] == expected[arm]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 60), ("test", 20)):
+        pixels = torch.randint(256, (count, 1024), generator=generator, dtype=torch.uint8)
+        rows = {"pixels": [bytes(each.tolist()) for each in pixels], "label": [i % 10 for i in range(count)]}
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Dataset.from_dict(rows).to_parquet(str(tmp_path / "pictures" / f"{split}.parquet"))
+    return str(tmp_path / "pictures")
+
+
+def test_two_modalities_trains_every_arm_once(pictures, tmp_path):
+    protocol = modalities.Protocol(
+        side=4,
+        arms=["flat", "quadtree"],
+        seeds=[0, 1],
+        search_seed=9,
+        learning_rates=[1e-3, 1e-2],
+        steps=2,
+        batch_size=4,
+        num_train=40,
+        num_validation=6,
+        num_test=10,
+        model={"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8},
+    )
+    path = tmp_path / "result.json"
+    result = modalities.two_modalities(protocol, path, pictures)
+    assert [(row["stage"], row["arm"]) for row in result["rows"]] == [
+        (stage, arm) for arm in ("flat", "quadtree") for stage in ("search", "search", "final", "final")
+    ]
+    for arm in protocol.arms:
+        rows = [row for row in result["rows"] if row["arm"] == arm]
+        best = min(rows[:2], key=lambda row: row["loss"])["learning_rate"]
+        assert {row["learning_rate"] for row in rows[2:]} == {best}
+        assert [row["examples"] for row in rows] == [6, 6, 10, 10]
+    assert set(result["differences"]) == {"quadtree"} and result["differences"]["quadtree"]["pairs"] == 2
+    again = modalities.two_modalities(protocol, path, pictures)
+    assert again["rows"] == result["rows"]
+    modalities.plot(again, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="another protocol"):
+        modalities.two_modalities(replace(protocol, steps=3), path, pictures)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"arms": ["tree"]}, "`arms` must be among"), ({"search_seed": 1}, r"`search_seed` \(1\) must not be one of")],
+)
+def test_protocols_that_make_no_sense_are_refused(change, message):
+    values = {"side": 4, "arms": ["flat"], "seeds": [1], "search_seed": 0, "learning_rates": [1e-3]}
+    sizes = dict.fromkeys(("steps", "batch_size", "num_train", "num_validation", "num_test"), 1)
+    with pytest.raises(ValueError, match=message):
+        modalities.Protocol(**{**values, **sizes, "model": {}, **change})
+
+
+def test_the_script_of_speed_measures_and_goes_on(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "speed.json"
+    script = str(modalities.Path(frontier.__file__).parents[2] / "scripts" / "hsa_speed.py")
+    for lengths in (["64"], ["64", "96"]):
+        words = ["--lengths", *lengths, "--repeats", "1", "--flat-limit", "64", "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        runpy.run_path(script, run_name="__main__")
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["length"], row["mode"]) for row in rows] == [
+        (length, mode) for length in (64, 96) for mode in ("forward", "forward_backward")
+    ]
+    first, last = rows[0]["operators"], rows[-1]["operators"]
+    assert set(first) == {"flat", "hsa", "hsa-windows", "hsa-text"} and first["flat"]["speedup"] == 1.0
+    assert "flat" not in last and all(entry["peak_bytes"] > 0 for entry in last.values())
+    assert capsys.readouterr().out.count("64 forward ") == 4  # measured once
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
