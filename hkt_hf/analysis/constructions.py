@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers.models.bert.modeling_bert import BertAttention, BertSelfAttention
 
 from ..modeling import HKTConfig
-from ..modeling.modeling_hkt import HKTAttention, HKTRotaryEmbedding
+from ..modeling.layers_common import RotaryEmbedding
+from ..modeling.modeling_hkt import HKTAttention
 
 
 SHARPNESS = (
@@ -101,7 +102,7 @@ class AttentionConvolution(nn.Module):
         width = max(self.in_channels, self.out_channels)
         config = _config(width, taps, head_dim, 1, "rope")
         self.attention = HKTAttention(config, layer_idx=0)
-        self.rotary_emb = HKTRotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config)
         self._set_weights(convolution)
         self.to(convolution.weight.device, convolution.weight.dtype)
 
