@@ -280,7 +280,7 @@ def count_flops(model: nn.Module, length: int) -> int:
     """FLOPs (two a multiply-add) of the matrix products and convolutions of one sequence of `length` tokens, forward.
 
     Counted by PyTorch's `FlopCounterMode` on the `eager` attention, where the model has one; element-wise work, and for
-    Mamba the scan, is not counted.
+    Mamba the scan, is not counted. HSA is counted along the trees of its configuration.
     """
     model = copy.deepcopy(model).eval()
     if isinstance(model, PreTrainedModel):
