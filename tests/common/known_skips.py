@@ -1,4 +1,4 @@
-"""Why a test of the library may be skipped for HKT, and nothing else: an unlisted reason is a failure.
+"""Why a test of the library may be skipped for HKT and HSA, and nothing else: an unlisted reason is a failure.
 
 Each reason holds for models inside the library too; `results/common_tests.md` names one for every test.
 """
@@ -27,6 +27,15 @@ KNOWN_SKIPS = {
 }
 
 
-def explanation(reason: str) -> str | None:
+# Of HSA alone.
+HSA_SKIPS = {
+    r"does not (support|output) (output_)?attentions|setting its attention dynamically": "HSA has no attention weights",
+    r"does not have a (TP|tensor parallel) plan": "HSA has no tensor parallelism",
+    r"`test_torch_exportable` is False": "trees are built from values, which `torch.export` does not see",
+}
+
+
+def explanation(reason: str, is_hsa: bool = False) -> str | None:
     """What the reason of a skip means, or `None` for one that is not known."""
-    return next((meaning for pattern, meaning in KNOWN_SKIPS.items() if re.search(pattern, reason)), None)
+    known = KNOWN_SKIPS | (HSA_SKIPS if is_hsa else {})
+    return next((meaning for pattern, meaning in known.items() if re.search(pattern, reason)), None)
