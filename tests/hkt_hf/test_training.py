@@ -346,7 +346,7 @@ def test_command_line_reports_errors_without_a_traceback(capsys, tmp_path):
     assert main(["evaluate", str(tmp_path)]) == 1
     assert main(["predict", str(tmp_path / "none"), "text"]) == 1
     errors = capsys.readouterr().err
-    for word in ("nowhere.yaml", "num_levls", "hidden_size", "sometimes", "has no tokenizer", "does not exist"):
+    for word in ("nowhere.yaml", "num_levls", "hidden_size", "sometimes", "holds no hkt.yaml", "does not exist"):
         assert word in errors
 
 
