@@ -8,6 +8,8 @@ operator runs once. Flat attention (`scaled_dot_product_attention`) is left out 
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -110,7 +112,8 @@ def main() -> None:
                 continue
             operators = measure_length(length, mode, options)
             result["rows"].append({"length": length, "mode": mode, "operators": operators})
-            result.update(environment())
+            command = f"python scripts/hsa_speed.py {shlex.join(sys.argv[1:])}".strip()
+            result.update(command=command, **environment())
             write_json(options.output, result)
             for name, entry in operators.items():
                 speedup = f", {entry['speedup']:.1f}x" if "speedup" in entry else ""

@@ -6,6 +6,8 @@ Runs that are in the file already are kept.
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from hkt_hf.experiments.two_modalities import ARMS, Protocol, plot, two_modalities
@@ -40,7 +42,8 @@ def main() -> None:
             "hidden_dropout": 0.0,
         },
     )
-    result = two_modalities(protocol, options.output, options.data)
+    command = f"python scripts/hsa_two_modalities.py {shlex.join(sys.argv[1:])}".strip()
+    result = two_modalities(protocol, options.output, options.data, command)
     plot(result, options.output.with_suffix(".png"))
 
 

@@ -8,6 +8,8 @@ texts its table of positions is stretched before it is fine-tuned (give a folder
 
 import argparse
 import logging
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,19 +44,19 @@ PROTOCOLS = {
 
 
 def encoder_for(length: int) -> Path:
-    """Folder of the encoder, with as many positions as the texts need: interpolated ones beyond its own."""
+    """Folder with a copy of the encoder, with as many positions as the texts need: interpolated ones beyond its own."""
     path = Path(get_model_path())
     model = AutoModel.from_pretrained(path)
-    if length <= model.config.max_position_embeddings:
-        return path
-    target = Path("runs") / f"minilm-{length}"
+    positions = max(length, model.config.max_position_embeddings)
+    target = Path("runs") / f"minilm-{positions}"
     if not target.is_dir():
-        embeddings = model.embeddings
-        table = embeddings.position_embeddings.weight.data
-        stretched = F.interpolate(table.T[None], size=length, mode="linear", align_corners=True)[0].T
-        embeddings.position_embeddings = nn.Embedding.from_pretrained(stretched.contiguous(), freeze=False)
-        model.config.max_position_embeddings = length
-        AutoTokenizer.from_pretrained(path, model_max_length=length).save_pretrained(target)
+        if positions > model.config.max_position_embeddings:
+            embeddings = model.embeddings
+            table = embeddings.position_embeddings.weight.data
+            stretched = F.interpolate(table.T[None], size=positions, mode="linear", align_corners=True)[0].T
+            embeddings.position_embeddings = nn.Embedding.from_pretrained(stretched.contiguous(), freeze=False)
+            model.config.max_position_embeddings = positions
+        AutoTokenizer.from_pretrained(path, model_max_length=positions).save_pretrained(target)
         model.save_pretrained(target)
     return target
 
@@ -75,7 +77,8 @@ def main() -> None:
     encoder = encoder_for(max(protocol.lengths))
     path = options.output or RESULTS / f"hsa_zero_shot_{options.task}.json"
     config = load_experiment(f"{options.task}-encoder", ["--model.checkpoint", str(encoder), *overrides])
-    plot(zero_shot(config, protocol, path), path.with_suffix(".png"))
+    command = f"python scripts/hsa_zero_shot.py {shlex.join(sys.argv[1:])}"
+    plot(zero_shot(config, protocol, path, command), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -113,13 +113,16 @@ class Protocol:
             raise ValueError(f"`search_seed` ({self.search_seed}) must not be one of `seeds` {list(self.seeds)}")
 
 
-def two_modalities(protocol: Protocol, path: str | Path, data_path: str | None = None) -> dict[str, Any]:
+def two_modalities(
+    protocol: Protocol, path: str | Path, data_path: str | None = None, command: str | None = None
+) -> dict[str, Any]:
     """Train every arm, first to choose its learning rate; what is in the file at `path` already is kept.
 
     Args:
         protocol ([`Protocol`]): what to train.
         path (`str` or `Path`): the JSON file, written after each run.
         data_path (`str`, *optional*): CIFAR-10, as `data.path` of an experiment; by default that of the Hub.
+        command (`str`, *optional*): the command line that asked for it, for the file.
 
     Returns:
         `dict`: the file's content: `rows`, one a run, and `differences` to the flat tree in percentage points.
@@ -142,7 +145,7 @@ def two_modalities(protocol: Protocol, path: str | Path, data_path: str | None =
                 return row
         row = {**case, **_train(protocol, arm, seed, rate, splits, "test" if stage == "final" else "validation")}
         result["rows"].append(row)
-        result.update(environment())
+        result.update(command=command, **environment())
         write_json(path, result)
         return row
 

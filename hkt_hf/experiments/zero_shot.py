@@ -76,13 +76,16 @@ class Protocol:
             raise ValueError("`lengths`, `layer_sets` and `trees` must each have at least one entry")
 
 
-def zero_shot(config: ExperimentConfig, protocol: Protocol, path: str | Path) -> dict[str, Any]:
+def zero_shot(
+    config: ExperimentConfig, protocol: Protocol, path: str | Path, command: str | None = None
+) -> dict[str, Any]:
     """Fine-tune, inject, measure; what is in the file at `path` already is kept.
 
     Args:
         config ([`~hkt_hf.config.ExperimentConfig`]): the classifier; its `model.checkpoint` names the encoder.
         protocol ([`Protocol`]): what to measure.
         path (`str` or `Path`): the JSON file, written after each measurement.
+        command (`str`, *optional*): the command line that asked for it, for the file.
 
     Returns:
         `dict`: the file's content: `rows`, one a measurement, `gaps` of each length and tree, and where they come from.
@@ -106,7 +109,7 @@ def zero_shot(config: ExperimentConfig, protocol: Protocol, path: str | Path) ->
 
     def keep(row: dict[str, Any]) -> None:
         result["rows"].append(row)
-        result.update(environment())
+        result.update(command=command, **environment())
         write_json(path, result)
 
     injections = [

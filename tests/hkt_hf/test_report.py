@@ -470,7 +470,10 @@ def test_level_weights_are_of_all_seeds():
     ("change", "message"),
     [
         (lambda r: r.pop("test_accuracy"), "0.json is no record of `hkt reproduce`: it lacks `test_accuracy`"),
-        (lambda r: r.update(task="mnist"), "0.json: `task` must be one of listops, cifar10, imdb, imdb-words, got 'mnist'"),
+        (
+            lambda r: r.update(task="mnist"),
+            "0.json: `task` must be one of listops, cifar10, imdb, imdb-words, got 'mnist'",
+        ),
         (lambda r: r.update(seed="0"), "0.json: `seed` must be int, got '0'"),
         (lambda r: r.update(seed=True), "`seed` must be int, got 'True'"),
         (lambda r: r.update(status="done"), "`status` must be one of finished, failed, not_available"),
