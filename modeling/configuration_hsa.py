@@ -37,6 +37,9 @@ class HSAConfig(PreTrainedConfig):
         branching (`int` or `list`, *optional*, defaults to `[16, None]`):
             Children of a node at each level, from the tokens up, where a batch has no segments; the last may be `None`, all
             that is left. An `int` holds at every level up to the root.
+        tree_layout (`str`, *optional*, defaults to `"sequence"`):
+            What `branching` groups: `"sequence"`, neighbours in a line, or `"square"`, the pixels of a square picture, row by
+            row: blocks of as many rows and columns at each level, with 2 a quadtree.
         max_family_size (`int`, *optional*, defaults to 64):
             Larger segments are split into runs of about one size.
         self_loop (`bool`, *optional*, defaults to `True`):
@@ -96,6 +99,7 @@ class HSAConfig(PreTrainedConfig):
     attention_bias: bool = False
     hidden_act: str = "gelu"
     branching: int | list[int | None] | None = None
+    tree_layout: Literal["sequence", "square"] = "sequence"
     max_family_size: int = interval(min=2)(default=64)
     self_loop: bool = True
     qk_norm: bool = True

@@ -2,6 +2,7 @@
 """PyTorch HSA encoder, top to bottom: sibling positions, attention, layer, model, heads."""
 
 import itertools
+import math
 import os
 
 import torch
@@ -286,6 +287,8 @@ class HSAModel(HSAPreTrainedModel):
             levels = segment_ids.to(states.device).unbind(1)
             return SignalTree.from_segments(levels, mask, max_family_size=self.config.max_family_size)
         branching = self.config.branching
+        if self.config.tree_layout == "square":
+            return self._square_tree(batch_size, size, mask).to(states.device)
         if mask is None:
             lengths = torch.full((batch_size,), size, device=states.device)
             return SignalTree.regular(lengths, self._branching_for(size), size=size)
@@ -301,6 +304,15 @@ class HSAModel(HSAPreTrainedModel):
             width *= factor
             ids.append(positions // width)
         return SignalTree.from_segments(ids, mask)
+
+    def _square_tree(self, batch_size: int, size: int, mask: torch.Tensor | None) -> SignalTree:
+        side = math.isqrt(size)
+        if side**2 != size or (mask is not None and not bool(mask.all())):
+            raise ValueError(
+                "`tree_layout` 'square' needs sequences of a square number of tokens without padding, got "
+                f"{size} tokens{'' if side**2 != size else ' with padding'}: give `segment_ids` or `tree` for others"
+            )
+        return SignalTree.from_grid(side, side, self._branching_for(side), batch_size=batch_size)
 
     def _branching_for(self, size: int) -> int | list[int | None]:
         """The configuration's branching, with all that is left at the root where it leaves more than one."""

@@ -203,6 +203,11 @@ ARMS: dict[str, Arm] = {
         {"model_type": "hsa", "branching": [16, None]},
         setting_of="hsa",
     ),
+    "hsa-line": Arm("HSA along runs of 4, of 4 runs, ...", {"model_type": "hsa", "branching": 4}),
+    "hsa-quadtree": Arm(
+        "HSA along blocks of 2 by 2 pixels, of 2 by 2 blocks, ...",
+        {"model_type": "hsa", "branching": 2, "tree_layout": "square"},
+    ),
     "flat-pretrained": Arm("flat, after masked-LM pretraining on the task", {"num_levels": 1}, pretrained=True),
     "hkt-pretrained": Arm("HKT, after masked-LM pretraining on the task", pretrained=True),
 }

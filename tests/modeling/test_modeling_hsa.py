@@ -56,6 +56,25 @@ def test_segments_are_the_tree():
         assert (nested - by_rule).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("branching", [2, [2, None], [3]])
+def test_pictures_are_quadtrees(branching):
+    model = model_of(branching=branching, tree_layout="square")
+    input_ids = torch.randint(5, 40, (2, 36))
+    blocks = branching if isinstance(branching, int) else [branching[0], None]
+    with torch.no_grad():
+        logits = model(input_ids, torch.ones_like(input_ids)).logits
+        tree = SignalTree.from_grid(6, 6, blocks, batch_size=2)
+        assert torch.equal(model(input_ids, tree=tree).logits, logits)
+        line = SignalTree.regular([36, 36], 4)
+        assert (model(input_ids, tree=line).logits - logits).abs().max() > 1e-4
+        for ids, mask, message in (
+            (input_ids[:, :35], None, "a square number of tokens without padding, got 35 tokens:"),
+            (input_ids, torch.arange(36).expand(2, -1) < 30, "got 36 tokens with padding"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model(ids, mask)
+
+
 @pytest.mark.parametrize("has_eps", [False, True])
 def test_the_attention_is_that_of_the_definition(has_eps):
     config = tiny_hsa_config(sibling_positions=has_eps)
@@ -195,6 +214,7 @@ def test_hidden_states_are_recorded():
         ({"head_dim": 7}, "`head_dim` must be even"),
         ({"hidden_size": 30}, "`hidden_size`"),
         ({"max_family_size": 1}, "max_family_size"),
+        ({"tree_layout": "cube"}, "tree_layout"),
         ({"hidden_act": "gelo"}, "`hidden_act`"),
         ({"hidden_dropout": 1.5}, "`hidden_dropout`"),
         ({"pad_token_id": 40}, "`pad_token_id`"),
