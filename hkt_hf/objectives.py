@@ -83,7 +83,10 @@ class Objective(ABC):
     def predict(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], segments: bool = False
     ) -> list[list[dict[str, Any]]]:
-        """For each text a list of `{"label": str, "score": float}`, the best first; ValueError for an unfit text."""
+        """For each text a list of `{"label": str, "score": float}`, the best first; ValueError for an unfit text.
+
+        With `segments` a classifier is told the sentences and paragraphs of each text.
+        """
 
 
 class SequenceClassification(Objective):

@@ -431,7 +431,16 @@ def build_model_and_tokenizer(config: ExperimentConfig, task: TaskData):
 
 
 def new_tokenizer(settings: TokenizerConfig, kind: str, split_special_tokens: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a fresh model: that of `settings.path`, or of `settings.kind`, or by default of `kind`."""
+    """The tokenizer of a fresh model: that of `settings.path`, or of `settings.kind`, or by default of `kind`.
+
+    Args:
+        settings ([`~hkt_hf.config.TokenizerConfig`]): the section `tokenizer` of an experiment.
+        kind (`str`): as in [`~hkt_hf.tokenization.build_tokenizer`].
+        split_special_tokens (`bool`, *optional*, defaults to `True`): whether a special token's name in a text is plain text.
+
+    Raises:
+        OSError, ValueError: a `settings.path` without a tokenizer, or an unknown kind.
+    """
     if settings.path is not None:
         return AutoTokenizer.from_pretrained(settings.path, model_max_length=settings.max_length)
     return build_tokenizer(

@@ -15,9 +15,8 @@ from ..modeling.layers_common import RotaryEmbedding
 from ..modeling.modeling_hkt import HKTAttention
 
 
-SHARPNESS = (
-    40.0  # nats between the tap that a head looks at and the next one: exp(-40) is below the rounding of float64
-)
+SHARPNESS = 40.0
+"""Nats between the tap that a head looks at and the next one: exp(-40) is below the rounding of float64."""
 
 
 def as_standard_attention(attention: nn.Module, num_levels: int = 1) -> HKTAttention:

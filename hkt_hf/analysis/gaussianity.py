@@ -7,7 +7,7 @@ No library that is at hand has Mardia's tests, so they stand here, with the dist
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,9 @@ class GaussianityCallback(TrainerCallback):
         write_json(self.path, [*history, {**entry, "report": gaussianity_report(model, self.batch)}])
 
 
-def by_width(build: Any, widths: Sequence[int], batch: Mapping[str, torch.Tensor], **kwargs) -> list[dict[str, Any]]:
+def by_width(
+    build: Callable[[int], nn.Module], widths: Sequence[int], batch: Mapping[str, torch.Tensor], **kwargs
+) -> list[dict[str, Any]]:
     """[`gaussianity_report`] of untrained models of several widths.
 
     Args:

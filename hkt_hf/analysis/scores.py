@@ -165,7 +165,7 @@ def _of_layer(layer: nn.Module, hidden_states, positions, lengths: Sequence[int]
             features=[states[0] for states in features],
             queries=queries,
             keys=keys,
-            level_weights=exact.level_logits.softmax(-1),
+            level_weights=exact.level_weights(),
             scaling=layer.scaling,
             is_causal=layer.is_causal,
         )

@@ -124,7 +124,8 @@ def comparisons(section: Section) -> list[Comparison]:
     """The comparisons of a task and protocol, in the order of the report.
 
     HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); variants
-    of flat, and BERT, against flat, and HKT against them; HSA against the same layers on a flat tree; ablations against HKT (with the short convolution, also against
+    of flat, and BERT, against flat, and HKT against them; HSA against the same layers on a flat
+    tree; ablations against HKT (with the short convolution, also against
     flat with it); pretrained arms against the same ones from scratch, and against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing shows.
     """
     found: list[Comparison] = []
