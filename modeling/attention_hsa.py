@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .memory_common import keep_freed_memory
 from .tree_hsa import SignalTree, TreeLevel
 
 
@@ -100,6 +101,8 @@ def _attend(query, key, value, tree, mask, eps, self_loop, is_causal, scale, row
     _check(query, key, value, tree, mask, eps, is_causal, row_weights)
     dtype = torch.promote_types(value.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        keep_freed_memory()
     with torch.autocast(query.device.type, enabled=False):
         states = [tensor.to(dtype) for tensor in (query, key, value)]
         eps = [None] * len(tree_levels(tree)) if eps is None else [None if e is None else e.to(dtype) for e in eps]

@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from .memory_common import keep_freed_memory
+
 
 # Rows and columns of a score tile at level 0. Smaller tiles spend their time in calls, larger ones gain nothing: measured
 # with two cores, results/cpu_choices.json.
@@ -184,15 +186,6 @@ def _has_onednn() -> bool:
     return bool((result == 3.0).all())
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Once: free a block of 31 MiB, after which glibc keeps freed blocks of up to that size for the next tile.
-
-    Otherwise every tile is mapped anew, at a page fault for each 4 KiB. Other allocators do not mind.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
 def _scores(queries, keys, phases: int) -> torch.Tensor:
     """Combined scores of one tile: level tiles from coarse to fine, each added to those that it serves."""
     combined = None
@@ -238,7 +231,7 @@ def _forward(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `(B, H, T, p)`, and the log-sum-exp to the base 2 of the scores, `(B * H, R, n)`."""
-    _keep_freed_memory()
+    keep_freed_memory()
     with torch.autocast(value.device.type, enabled=False):
         layout = _Layout(len(queries), value, key_padding_mask, is_causal)
         query_phases, key_phases, value_phases = layout.inputs(queries, keys, value)

@@ -134,6 +134,7 @@ EXPECTED_FILES = {
     "from_flat_hkt.py",
     "layers_common.py",
     "layout_hkt.py",
+    "memory_common.py",
     "modeling_hkt.py",
     "polyphase_hkt.py",
     "triton_hkt.py",

@@ -191,7 +191,15 @@ def test_hsa_gives_the_same_numbers(loaded_hsa, auto_class):
 
 def test_a_checkpoint_carries_the_code_of_its_own_architecture(tmp_path):
     tiny_hsa_head("AutoModel").save_pretrained(tmp_path)
-    code = {"attention_hsa", "checks_common", "configuration_hsa", "layers_common", "modeling_hsa", "tree_hsa"}
+    code = {
+        "attention_hsa",
+        "checks_common",
+        "configuration_hsa",
+        "layers_common",
+        "memory_common",
+        "modeling_hsa",
+        "tree_hsa",
+    }
     assert {path.stem for path in tmp_path.glob("*.py")} == code
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == modeling_hsa.AUTO_MAP
 
