@@ -10,6 +10,7 @@ from statistics import mean
 import pytest
 
 from hkt_hf.config import load_experiment
+from hkt_hf.experiments.statistics import paired_difference
 from hkt_hf.training import train
 
 
@@ -176,6 +177,34 @@ def test_the_figures_on_theory_are_the_measured_ones():
             shown = re.findall(r"\d[\d,]*\.?\d*(?<!,)", cell)
             digits = [len(number.partition(".")[2]) for number in shown]
             assert [f"{number:,.{places}f}" for number, places in zip(value, digits, strict=True)] == shown, name
+
+
+def test_the_figures_on_constrained_scores_are_the_measured_ones():
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "results" / "score_symmetry.json").read_text(encoding="utf-8"))
+    accuracies = {}
+    for symmetry, arm in (("none", "hkt-rope"), ("symmetric", "hkt-symmetric-rope"), ("psd", "hkt-psd-rope")):
+        rows = [row for row in result["rows"] if row["arm"] == arm]
+        records = [
+            json.loads((ROOT / f"results/reproduce/listops/cpu/{arm}/final-seed{row['seed']}.json").read_text())
+            for row in rows
+        ]
+        accuracies[symmetry] = [100 * row["test_accuracy"] for row in rows]
+        assert accuracies[symmetry] == [100 * record["test_accuracy"] for record in records]
+        least = [min(row[f"min_relative_eigenvalue_{of}"] for row in rows) for of in ("projections", "scores")]
+        negative = mean(row["negative_fraction_scores"] for row in rows)
+        expected = [
+            ", ".join(f"{accuracy:.2f}" for accuracy in accuracies[symmetry]),
+            ", ".join(f"{value:.0f}" if value < -1 else f"{value:.0e}" for value in least),
+            f"{negative:.0%}",
+            f"{mean(row['directional_ratio'] for row in rows):.2f}",
+        ]
+        assert rows_of(text, f'`"{symmetry}"`') == [expected]
+        if symmetry != "none":
+            assert min(least) >= -1e-6
+    for symmetry, shown in (("symmetric", (-10.7, -14.4, -7.0)), ("psd", (-10.8, -13.9, -7.6))):
+        found = paired_difference(accuracies[symmetry], accuracies["none"])
+        assert [found[key] for key in ("mean", "low", "high")] == pytest.approx(shown, abs=0.051)
 
 
 def test_the_figures_on_gaussianity_are_the_measured_ones():
