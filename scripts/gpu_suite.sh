@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What needs an NVIDIA GPU, in order of worth: exactness of the Triton kernels, their time, decoding, the models' attention
-# functions, and the paper's experiments (hkt reproduce --protocol paper). Writes into OUT (default results/gpu), the
+# What needs an NVIDIA GPU, in order of worth: exactness of the Triton kernels, their time, HSA's, decoding, the models'
+# attention functions, and the paper's experiments (hkt reproduce --protocol paper). Writes into OUT (default results/gpu), the
 # experiments into results/reproduce and runs/reproduce. A step that is done leaves a file OUT/<step>.done and is skipped by
 # the next run; no step begins after the time limit, and none outlasts it; experiments go on where they were broken off.
 # Usage: scripts/gpu_suite.sh [--limit SECONDS]   (default 570)
 # The package need not be installed, but torch, Triton and transformers must be. Where datasets and evaluate are not, WHEELS
-# names a folder with their wheels (pip download --only-binary=:all: -d WHEELS datasets evaluate). DATA (default
+# names a folder with their wheels (pip download --only-binary=:all: -d WHEELS datasets evaluate sentencex). DATA (default
 # ../shared/data) holds the folders imdb and cifar10 with the parquet files of their splits; JOBS (default 8) runs train
 # side by side.
 set -euo pipefail
@@ -57,13 +57,14 @@ step time_causal "$python" $benchmark --causal --lengths 2048 4096 16384 --opera
 step check_float32 "$python" $check "$out/check_float32.json" --levels 3 --widths 64 --dtypes float32
 step check_others "$python" $check "$out/check_others.json" --levels 1 2 4 --widths 64 --dtypes bfloat16 float16 --lengths 1999
 step check_wide "$python" $check "$out/check_wide.json" --levels 3 --widths 32 128 --lengths 1999
+step hsa_speed "$python" scripts/hsa_speed.py --device cuda --dtype bfloat16 --lengths 512 2048 4096 8192 32768 131072 --flat-limit 131072 --output "$out/hsa_speed.json"
 step decoding "$python" scripts/benchmark_decoding.py --device cuda --dtype bfloat16 --output "$out/decoding.json"
 step attention_functions "$python" tests/programs/check_attention_functions.py
 
 if ! "$python" -c "import datasets, evaluate" 2> /dev/null; then
     packages=${TMPDIR:-/tmp}/hkt-packages
     [ -d "$packages" ] || "$python" -m pip install --quiet --no-index --no-deps --find-links "${WHEELS:?}" \
-        --target "$packages" datasets evaluate pyarrow pandas dill xxhash multiprocess
+        --target "$packages" datasets evaluate pyarrow pandas dill xxhash multiprocess sentencex
     export PYTHONPATH="$PYTHONPATH:$packages"
 fi
 reproduce="-m hkt_hf.cli reproduce --protocol paper --jobs $jobs --threads 2"
