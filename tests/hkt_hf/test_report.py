@@ -18,6 +18,7 @@ from hkt_hf.experiments.records import read_records, sections
 from hkt_hf.experiments.report import markdown, summary_table, write_report
 from hkt_hf.experiments.reproduce import Sweep
 from hkt_hf.experiments.run import execute
+from hkt_hf.experiments.statistics import paired_difference
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -556,16 +557,57 @@ def test_the_committed_report_is_that_of_the_records():
     assert (RESULTS / "report.md").read_text(encoding="utf-8") == markdown(read_records(RESULTS))
 
 
+def arms_of(results):
+    """Runs of each arm by task and label, of a folder of records."""
+    return {(section.task, arm.label): arm for section in sections(read_records(results)) for arm in section.arms}
+
+
 def test_the_figures_of_other_settings_are_those_of_their_records():
     """What docs/experiments.md says of runs whose setting the search did not choose."""
     text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
-    arms = {
-        (section.task, arm.name): arm
-        for section in sections(read_records(ROOT / "results" / "other_settings"))
-        for arm in section.arms
-    }
-    flat, hkt, pixels = (
-        arms[key].mean("test_accuracy") for key in (("listops", "flat"), ("listops", "hkt"), ("cifar10", "hkt"))
+    arms = arms_of(ROOT / "results" / "other_settings")
+    labels = (("listops", "flat (absolute)"), ("listops", "hkt (absolute)"), ("listops", "flat (RoPE)"))
+    flat, hkt, flat_rope, pixels = (
+        arms.pop(key).mean("test_accuracy") for key in (*labels, ("cifar10", "hkt (absolute)"))
     )
+    assert not arms
     assert f"give {flat:.2%} and {hkt:.2%}" in text and f"a gain of {100 * (hkt - flat):+.2f}" in text
     assert f"it has {pixels:.2%} (`results/other_settings`)" in text
+    gain = 100 * (arms_of(RESULTS)["listops", "hkt (RoPE)"].mean("test_accuracy") - flat_rope)
+    assert f"flat attention 1e-3 and {flat_rope:.2%}, and HKT a gain of {gain:+.2f}" in text
+
+
+def test_the_figures_on_the_gain_are_those_of_the_records():
+    """What docs/experiments.md says of the controls and ablations on ListOps."""
+    text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
+    arms = arms_of(RESULTS)
+
+    def accuracies(label):
+        return {seed: 100 * run["test_accuracy"] for seed, run in arms["listops", label].final.items()}
+
+    def gain(treated, control):
+        treated, control = accuracies(treated), accuracies(control)
+        seeds = sorted(treated.keys() & control.keys())
+        found = paired_difference([treated[seed] for seed in seeds], [control[seed] for seed in seeds])
+        return f"{found['mean']:+.2f}", f"{found['low']:+.2f} to {found['high']:+.2f}", f"p {found['p_value']:.3f}"
+
+    rope, interval, p_value = gain("hkt (RoPE)", "flat (RoPE)")
+    assert f"{gain('hkt (absolute)', 'flat (absolute)')[0]} points with absolute positions, {rope} with rotary" in text
+    assert f"(95% interval {interval}, {p_value})" in text
+    convolution, interval, _ = gain("flat-convolution (RoPE)", "flat (RoPE)")
+    assert f"is worth {convolution} ({interval})" in text
+    kept, interval, p_value = gain("hkt (RoPE)", "flat-convolution (RoPE)")
+    assert f"HKT keeps {kept} points ({interval}, {p_value}), {float(kept) / float(rope):.0%} of its gain" in text
+    sizes = [statistics.mean(accuracies(f"flat-wide-{what} (absolute)").values()) for what in ("parameters", "flops")]
+    assert {f"{accuracy:.1f}" for accuracy in sizes} == {"42.3"} and "or FLOPs have 42.3% each" in text
+    wide = [gain("hkt (absolute)", f"flat-wide-{what} (absolute)") for what in ("parameters", "flops")]
+    assert f"HKT is {wide[0][0][1:]} and {wide[1][0][1:]} points ahead of them ({wide[0][1]}, {wide[1][1]})" in text
+    levels, flat, uniform = (
+        statistics.mean(accuracies(label).values())
+        for label in ("hkt-only-level-0 (RoPE)", "flat (RoPE)", "hkt-uniform-weights (RoPE)")
+    )
+    other = statistics.mean(accuracies("hkt-only-level-1 (RoPE)").values())
+    assert f"gives {levels:.2f}% and {other:.2f}%, what flat attention has ({flat:.2f}%)" in text
+    trained = accuracies("hkt (RoPE)")
+    same_seeds = statistics.mean(trained[seed] for seed in accuracies("hkt-uniform-weights (RoPE)"))
+    assert f"give {uniform:.2f}%, what trained ones give ({same_seeds:.2f}% with the same seeds)" in text
