@@ -123,6 +123,30 @@ def test_the_figures_on_speed_are_the_measured_ones():
     assert step == [f"{1e3 * model['seconds']:.0f} ({model['ratio']:.2f}x)" for model in models.values()]
 
 
+def test_the_figures_on_the_speed_of_hsa_are_the_measured_ones():
+    text = (ROOT / "docs" / "hsa.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "results" / "hsa_speed.json").read_text(encoding="utf-8"))["rows"]
+    measured = {(row["length"], row["mode"]): row["operators"] for row in rows}
+    for length in (512, 2048, 8192, 32768):
+        shown = [
+            f"{measured[length, mode][name]['speedup']:.1f}"
+            for mode in ("forward", "forward_backward")
+            for name in ("hsa", "hsa-windows", "hsa-text")
+        ]
+        assert rows_of(text, f"{length:,}") == [shown]
+    million = measured[1_000_000, "forward"]["hsa"]
+    shown = f"forward in {million['seconds']:.1f} s with {million['peak_bytes'] / 1e9:.2f} GB"
+    assert shown in " ".join(text.split())
+    for length, mode, name, least in (
+        (2048, "forward", "hsa", 8),
+        (8192, "forward", "hsa", 35),
+        (32768, "forward", "hsa", 80),
+        (8192, "forward_backward", "hsa", 40),
+        (8192, "forward", "hsa-text", 10),
+    ):
+        assert measured[length, mode][name]["speedup"] >= least
+
+
 THEORY_ROWS = (
     "level weights, all layers and heads",
     "entropy of the combined attention, layers 0 and 1 (1: even)",
