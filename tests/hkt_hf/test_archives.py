@@ -36,7 +36,11 @@ def test_an_archive_is_small_whole_and_of_the_best_run(archive, tmp_path):
     _, record = best_run(section)
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     assert metrics["test"]["accuracy"] == record["test_accuracy"] and metrics["seed"] == record["seed"]
-    assert f"| test | accuracy | {record['test_accuracy']:.4f} |" in (checkpoint / "README.md").read_text()
+    card = (checkpoint / "README.md").read_text()
+    assert f"| test | accuracy | {record['test_accuracy']:.4f} |" in card
+    report = (ROOT / "results" / "reproduce" / "report.md").read_text().splitlines()
+    compared = [line for line in card.partition("## How it compares")[2].splitlines() if line.startswith("|")]
+    assert compared and set(compared) <= set(report), "pack it again: hkt package"
 
 
 @pytest.mark.parametrize(
