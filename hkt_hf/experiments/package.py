@@ -2,17 +2,20 @@
 
 import gzip
 import io
+import json
 import tarfile
 from pathlib import Path
 
 from ..files import replacing
 from ..hub import release_files
+from ..training import METRICS_FILE
 from .arms import parse_arm
 from .records import FINISHED, ArmRuns, Section, read_records, sections
 from .report import accuracy_table, gain_table
 
 
 CARD = "README.md"
+COMPARISON = "## How it compares"
 
 
 def best_run(section: Section) -> tuple[ArmRuns, dict]:
@@ -42,6 +45,8 @@ def best_run(section: Section) -> tuple[ArmRuns, dict]:
 def package_best(results: str | Path, runs: str | Path, task: str, protocol: str, output: str | Path) -> Path:
     """Pack the best checkpoint of a task into `OUTPUT/TASK-PROTOCOL.tar.gz`.
 
+    Where the checkpoint is gone but the archive that is there holds that run, its card alone is written anew.
+
     Args:
         results (`str` or `Path`): folder of the records of `hkt reproduce`.
         runs (`str` or `Path`): folder of its checkpoints.
@@ -54,7 +59,7 @@ def package_best(results: str | Path, runs: str | Path, task: str, protocol: str
         same checkpoint and records give the same bytes.
 
     Raises:
-        FileNotFoundError: no records, or the checkpoint's folder is gone.
+        FileNotFoundError: no records; or the checkpoint's folder is gone and no archive holds that run.
         ValueError: no finished run of HKT for the task and protocol.
     """
     records = [record for record in read_records(results) if (record["task"], record["protocol"]) == (task, protocol)]
@@ -64,15 +69,17 @@ def package_best(results: str | Path, runs: str | Path, task: str, protocol: str
     arm, record = best_run(section)
     suffix = "-rope" if arm.positions == "rope" else ""
     folder = Path(runs) / task / protocol / f"{arm.name}{suffix}" / f"final-seed{record['seed']}"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the best run's checkpoint {folder} is not there: `hkt reproduce` writes it")
     name = f"{task}-{protocol}"
-    files = {path.name: path.read_bytes() for path in release_files(folder)}
-    card = files[CARD].decode("utf-8").replace(folder.name, name)
+    path = Path(output) / f"{name}.tar.gz"
+    if folder.is_dir():
+        files = {file.name: file.read_bytes() for file in release_files(folder)}
+    elif (files := _packed(path)) is None or not _is_of(record, json.loads(files[METRICS_FILE])):
+        raise FileNotFoundError(
+            f"the best run's checkpoint {folder} is not there, and {path} does not hold it: `hkt reproduce` writes it"
+        )
+    card = files[CARD].decode("utf-8").replace(folder.name, name).partition(f"\n{COMPARISON}")[0]
     files[CARD] = (card.rstrip() + "\n\n" + "\n".join(_comparison(section, arm, record)) + "\n").encode("utf-8")
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{name}.tar.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(_archive(name, files))
     return path
@@ -82,7 +89,7 @@ def _comparison(section: Section, arm: ArmRuns, record: dict) -> list[str]:
     accuracy = 100 * record["test_accuracy"]
     count = sum(run["status"] == FINISHED for run in arm.final.values())
     return [
-        "## How it compares",
+        COMPARISON,
         "",
         f"{section.title[0].upper()}{section.title[1:]}: this is the run of HKT with the best validation accuracy (arm "
         f"`{arm.label}`, seed {record['seed']}, of {count}); its test accuracy is {accuracy:.2f}%. Expect that of another "
@@ -92,6 +99,23 @@ def _comparison(section: Section, arm: ArmRuns, record: dict) -> list[str]:
         "",
         *gain_table(section),
     ]
+
+
+def _packed(path: Path) -> dict[str, bytes] | None:
+    """The files of an archive by name; `None` if there is no archive."""
+    if not path.is_file():
+        return None
+    with tarfile.open(path) as archive:
+        return {Path(entry.name).name: archive.extractfile(entry).read() for entry in archive if entry.isfile()}
+
+
+def _is_of(record: dict, metrics: dict) -> bool:
+    """Whether a checkpoint with these metrics is that of the record."""
+    return (metrics["seed"], metrics["validation"]["accuracy"], metrics["test"]["accuracy"]) == (
+        record["seed"],
+        record["validation_accuracy"],
+        record["test_accuracy"],
+    )
 
 
 def _archive(name: str, files: dict[str, bytes]) -> bytes:

@@ -1,6 +1,7 @@
 """`hkt reproduce`: arms that differ in one thing, runs that are searched, recorded, resumed and refused as they should be."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,25 @@ def test_the_packaged_checkpoint_gives_the_accuracy_of_its_card(finished, tmp_pa
     assert "# listops-cpu" in card and "hkt - flat (absolute)" in card and str(folder) not in card
     assert (checkpoint / "modeling_hkt.py").is_file() and not list(checkpoint.glob("checkpoint-*"))
     assert main(["package", "imdb", "--protocol", "cpu", *folders]) == 1
+
+
+def test_a_card_is_written_anew_where_the_archive_alone_is_left(finished, tmp_path):
+    _, folder, records = finished
+    results = shutil.copytree(folder / "results", tmp_path / "results")
+    folders = ["--results", str(results), "--output", str(tmp_path)]
+    command = ["package", "listops", "--protocol", "cpu", *folders, "--runs"]
+    archive = tmp_path / "listops-cpu.tar.gz"
+    assert main([*command, "nowhere"]) == 1 and not archive.exists()
+    assert main([*command, str(folder / "runs")]) == 0
+    before = archive.read_bytes()
+    assert main([*command, "nowhere"]) == 0 and archive.read_bytes() == before
+
+    worst = min((records["hkt", f"final-seed{seed}"] for seed in (0, 1)), key=lambda each: each["validation_accuracy"])
+    path = results / "listops/cpu/hkt" / f"final-seed{worst['seed']}.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"validation_accuracy": 1.0})
+    )  # now another one is the best
+    assert main([*command, "nowhere"]) == 1 and archive.read_bytes() == before
 
 
 def searched(sweep, run, loss, setting=None, status="finished"):
