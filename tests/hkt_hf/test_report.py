@@ -614,3 +614,25 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     trained = accuracies("hkt (RoPE)")
     same_seeds = statistics.mean(trained[seed] for seed in accuracies("hkt-uniform-weights (RoPE)"))
     assert f"give {uniform:.2f}%, what trained ones give ({same_seeds:.2f}% with the same seeds)" in text
+
+
+def test_the_figures_on_pretraining_are_those_of_the_records():
+    """What docs/experiments.md says of IMDB after masked LM on its own training reviews."""
+    text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
+    arms = arms_of(RESULTS)
+    runs = {name: arms["imdb", f"{name}-pretrained (RoPE)"].finished for name in ("flat", "hkt")}
+    assert runs["flat"].keys() == runs["hkt"].keys() == {0, 1, 2}
+    accuracies = {name: [100 * runs[name][seed]["test_accuracy"] for seed in (0, 1, 2)] for name in runs}
+    flat, hkt = (f"{statistics.mean(accuracies[name]):.2f}%" for name in ("flat", "hkt"))
+    scratch = [f"{arms['imdb', f'{name} (absolute)'].mean('test_accuracy'):.2%}" for name in ("flat", "hkt")]
+    assert (
+        f"flat attention {flat} and HKT {hkt} (from scratch, absolute positions: {scratch[0]} and {scratch[1]})"
+        in text
+    )
+    found = paired_difference(accuracies["hkt"], accuracies["flat"])
+    assert f"is {found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, p {found['p_value']:.3f})" in text
+    for name, shown in (("flat", "of the masked bytes right with flat attention"), ("hkt", "with HKT")):
+        masked = sorted(run["pretraining"]["masked_accuracy"] for run in runs[name].values())
+        assert f"{masked[0]:.1%} to {masked[-1]:.1%} {shown}" in text
+        seconds = statistics.mean(run["seconds"] + run["pretraining"]["seconds"] for run in runs[name].values())
+        assert f"{seconds / 60:.0f} {'minutes of a core with flat' if name == 'flat' else 'with HKT'}" in text
