@@ -166,7 +166,7 @@ def test_the_figures_on_theory_are_the_measured_ones():
     text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
     reports = [
         json.loads((ROOT / "results" / "analysis" / task / "analysis.json").read_text(encoding="utf-8"))
-        for task in ("listops", "cifar10", "imdb")
+        for task in ("listops", "cifar10", "imdb", "imdb-pretrained")
     ]
 
     def means(report, key, groups, **wanted):
