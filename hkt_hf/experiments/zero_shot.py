@@ -28,6 +28,7 @@ from ..hsa.inject import inject, restore
 from ..hsa.tree import SignalTree
 from ..tokenization import encode_texts
 from ..training import build_model_and_tokenizer, train
+from . import statistics
 
 
 matplotlib.use("Agg")
@@ -88,7 +89,9 @@ def zero_shot(
         command (`str`, *optional*): the command line that asked for it, for the file.
 
     Returns:
-        `dict`: the file's content: `rows`, one a measurement, `gaps` of each length and tree, and where they come from.
+        `dict`: the file's content: `rows`, one a measurement, with its `difference` to the model's own attention at that
+        length (percentage points of accuracy, paired by test example, as [`~.statistics.paired_difference`] has it); `gaps`
+        of each length and tree; and where they come from.
 
     Raises:
         ValueError: a file of another configuration or protocol, or what [`~hkt_hf.training.train`] and
@@ -108,6 +111,9 @@ def zero_shot(
     done = {_key(row) for row in result["rows"]}
 
     def keep(row: dict[str, Any]) -> None:
+        own = next((kept for kept in result["rows"] if kept["tree"] is None and kept["length"] == row["length"]), None)
+        if own is not None:
+            row["difference"] = statistics.paired_difference(_points(row), _points(own))
         result["rows"].append(row)
         result.update(command=command, **environment())
         write_json(path, result)
@@ -162,14 +168,14 @@ def measure(
     """Accuracy, operations of attention by the paper's count, and processor seconds, on the test examples.
 
     Returns:
-        `dict`: `accuracy`; `operations` and `operations_flat`, means an example over all layers; `saved_in_replaced_layers`, the
+        `dict`: `accuracy` and `wrong`, the indices of the test examples that it misses; `operations` and `operations_flat`, means an example over all layers; `saved_in_replaced_layers`, the
         share of the replaced layers' operations that is saved, `None` without any; `seconds`, an example.
     """
     split = task.splits["test"].select(range(min(protocol.num_test, len(task.splits["test"]))))
     texts, labels = split["text"][:], torch.tensor(split["label"][:])
     lengths = torch.tensor([len(ids) for ids in encode_texts(tokenizer, texts, length)])
     order = lengths.argsort(descending=True)
-    correct, seconds = 0, 0.0
+    wrong, seconds = [], 0.0
     with torch.no_grad():
         for start in range(0, len(order), protocol.batch_size):
             index = order[start : start + protocol.batch_size]
@@ -177,7 +183,7 @@ def measure(
             began = time.process_time()
             logits = model(**batch).logits
             seconds += time.process_time() - began
-            correct += int((logits.argmax(-1) == labels[index]).sum())
+            wrong += index[logits.argmax(-1) != labels[index]].tolist()
     heads = model.config.num_attention_heads
     head_dim = model.config.hidden_size // heads
     layers = len(attention_modules(model))
@@ -191,7 +197,8 @@ def measure(
         hierarchical = hsa_operations(trees, heads, head_dim) + exact
     count = len(texts)
     return {
-        "accuracy": correct / count,
+        "accuracy": 1 - len(wrong) / count,
+        "wrong": sorted(wrong),
         "examples": count,
         "mean_length": lengths.float().mean().item(),
         "operations": ((layers - replaced) * flat + replaced * hierarchical) / count,
@@ -257,6 +264,12 @@ def _train_further(config, task, chosen, tree, steps: int) -> PreTrainedModel:
     if hasattr(model.config, "hsa"):
         delattr(model.config, "hsa")
     return inject(model, tree=tree, layers=chosen)
+
+
+def _points(row: dict[str, Any]) -> list[float]:
+    """100 for each test example that is classified right, 0 for each other."""
+    wrong = set(row["wrong"])
+    return [0.0 if index in wrong else 100.0 for index in range(row["examples"])]
 
 
 def _batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> dict[str, torch.Tensor]:

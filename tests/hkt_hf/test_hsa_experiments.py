@@ -60,6 +60,11 @@ def test_zero_shot_measures_every_case_once(fine_tuning, tmp_path):
     assert flat["saved_in_replaced_layers"] is None and flat["examples"] == 9
     for row in result["rows"]:
         assert 0 <= row["accuracy"] <= 1 and row["operations"] <= row["operations_flat"]
+        assert row["accuracy"] == pytest.approx(1 - len(set(row["wrong"])) / 9) and set(row["wrong"]) <= set(range(9))
+        own = next(other for other in result["rows"] if other["tree"] is None and other["length"] == row["length"])
+        if row is not own:
+            gain = 100 * (row["accuracy"] - own["accuracy"])
+            assert row["difference"]["pairs"] == 9 and row["difference"]["mean"] == pytest.approx(gain)
     exact, without = (
         next(row for row in result["rows"] if (row["layers"], row["tree"], row["exact_tokens"]) == ([1], 4, tokens))
         for tokens in ([0], [])
