@@ -124,9 +124,10 @@ def comparisons(section: Section) -> list[Comparison]:
     """The comparisons of a task and protocol, in the order of the report.
 
     HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); variants
-    of flat, and BERT, against flat, and HKT against them; HSA against the same layers on a flat
-    tree; ablations against HKT (with the short convolution, also against
-    flat with it); pretrained arms against the same ones from scratch, and against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing shows.
+    of flat, and BERT, against flat, and HKT against them; HSA against the same layers on a flat tree; ablations against
+    HKT (with the short convolution, also against flat with it); pretrained arms against the same ones from scratch; and
+    pretrained HKT against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing
+    shows.
     """
     found: list[Comparison] = []
 
@@ -134,11 +135,15 @@ def comparisons(section: Section) -> list[Comparison]:
         if treated.final or (options.get("is_main") and control.final):
             found.append(Comparison(treated, control, section.task, **options))
 
-    for positions in ("absolute", "rope"):
-        compare(section.arm("hkt", positions), section.arm("flat", positions), is_main=True, is_papers=True)
-    strongest = strongest_flat(section)
-    if strongest is not None:
-        compare(section.arm("hkt", "rope"), strongest, remark="the strongest flat arm", is_main=True)
+    strongest, flat_rope = strongest_flat(section), section.arm("flat", "rope")
+    is_flat_rope = strongest is not None and strongest.label == flat_rope.label
+    remark = "the strongest flat arm"
+    compare(section.arm("hkt", "absolute"), section.arm("flat", "absolute"), is_main=True, is_papers=True)
+    compare(
+        section.arm("hkt", "rope"), flat_rope, remark=remark if is_flat_rope else "", is_main=True, is_papers=True
+    )
+    if strongest is not None and not is_flat_rope:
+        compare(section.arm("hkt", "rope"), strongest, remark=remark, is_main=True)
     for arm in section.arms:
         if arm.kind == "flat variant" or arm.name == "bert":
             compare(arm, section.arm("flat", arm.positions or "absolute"))
@@ -158,7 +163,7 @@ def comparisons(section: Section) -> list[Comparison]:
             compare(arm, section.arm(arm.name.removesuffix(PRETRAINED), arm.positions))
     for arm in section.arms:
         if arm.name == f"hkt{PRETRAINED}":
-            compare(arm, section.arm(f"flat{PRETRAINED}", arm.positions))
+            compare(arm, section.arm(f"flat{PRETRAINED}", arm.positions), is_main=True)
     return found
 
 

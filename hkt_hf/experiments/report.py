@@ -39,8 +39,8 @@ order: how much another test split would change is not in the intervals. FAIL: t
 def summary_table(records: Sequence[dict]) -> str:
     """The short table of gains over all tasks, as README shows it.
 
-    One row a task, protocol and main comparison that has pairs: HKT against flat attention with the same positions, and
-    HKT with RoPE against the strongest flat arm.
+    One row a task, protocol and main comparison that has pairs: HKT against flat attention with the same positions, HKT
+    with RoPE against the strongest flat arm, and both after self-pretraining.
 
     Args:
         records (sequence of `dict`): of [`~hkt_hf.experiments.records.read_records`].

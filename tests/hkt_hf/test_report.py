@@ -128,6 +128,10 @@ def write(folder, records, reverse=False):
     return folder
 
 
+GAIN = "hkt - flat (RoPE), the strongest flat arm"
+"""The label where no other flat arm has run."""
+
+
 def row(text, *first):
     """The cells of the only row that starts with these."""
     start = "| " + " | ".join(first) + " |"
@@ -147,7 +151,7 @@ def test_a_gain_is_that_of_the_paired_test():
     differences = [100 * (a - b) for a, b in zip(HKT, FLAT, strict=True)]
     mean, sd = statistics.mean(differences), statistics.stdev(differences)
 
-    gain, t, bootstrap, p, d_z, pairs, paper, seeds = row(part(text, "### Gains"), "hkt - flat (RoPE)")
+    gain, t, bootstrap, p, d_z, pairs, paper, seeds = row(part(text, "### Gains"), GAIN)
     assert (gain, t, p) == (f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{test.pvalue:.3f}")
     assert (d_z, pairs, paper) == (f"{mean / sd:+.2f}", "5", "+4.77")
     assert low < float(bootstrap.split(" to ")[0]) < mean < float(bootstrap.split(" to ")[1]) < high
@@ -158,7 +162,7 @@ def test_a_gain_is_that_of_the_paired_test():
     }
     assert power[int(seeds)] >= 0.8 and power.get(int(seeds) - 1, 0) < 0.8
 
-    short = row(summary_table(both_arms()), "ListOps", "cpu", "hkt - flat (RoPE)")
+    short = row(summary_table(both_arms()), "ListOps", "cpu", GAIN)
     assert short == ["50.50", "54.60", f"{mean:+.2f}", t, p, "5", "+4.77"]
     assert part(text, "## Gains").strip().startswith(summary_table(both_arms()))
 
@@ -190,7 +194,7 @@ def test_the_paper_is_quoted_right():
     }
     text = markdown([*both_arms(), *both_arms(task="imdb")])
     assert "ListOps 50.33 and 55.10 (+4.77); character IMDB 62.72 and 70.19 (+7.47)" in text
-    assert row(summary_table(both_arms(task="imdb")), "character IMDB", "cpu", "hkt - flat (RoPE)")[-1] == "+7.47"
+    assert row(summary_table(both_arms(task="imdb")), "character IMDB", "cpu", GAIN)[-1] == "+7.47"
 
 
 def test_the_order_of_files_does_not_matter(tmp_path):
@@ -222,12 +226,12 @@ def test_runs_are_paired_by_seed():
     records.append(unfinished("hkt", "failed", "loss is nan", seed=3))
     records.append(unfinished("flat", "failed", "killed", seed=4))
     text = markdown(records)
-    gain, *_, pairs, _, _ = row(part(text, "### Gains"), "hkt - flat (RoPE)")
+    gain, *_, pairs, _, _ = row(part(text, "### Gains"), GAIN)
     assert pairs == "2" and gain == f"{100 * statistics.mean(HKT[i] - FLAT[i] for i in (0, 2)):+.2f}"
     assert "- Missing, so in no pair: seed 1 of flat (RoPE) (not run)." in text
     assert "- Missing, so in no pair: seed 3 of hkt (RoPE) (FAIL)." in text
     assert "- Missing, so in no pair: seed 4 of flat (RoPE) (FAIL)." in text
-    assert row(summary_table(records), "ListOps", "cpu", "hkt - flat (RoPE)")[-2] == "2"
+    assert row(summary_table(records), "ListOps", "cpu", GAIN)[-2] == "2"
     mean, *seeds = row(part(text, "### Accuracy"), "hkt", "RoPE")
     assert mean.endswith("(4 of 5)") and seeds[3] == "FAIL"
     assert "- hkt (RoPE), seed 3: FAIL (loss is nan)" in text
@@ -235,15 +239,15 @@ def test_runs_are_paired_by_seed():
 
 def test_few_or_equal_differences_have_no_interval():
     one = [r for r in both_arms() if r["seed"] == 2]
-    assert row(part(markdown(one), "### Gains"), "hkt - flat (RoPE)") == [
+    assert row(part(markdown(one), "### Gains"), GAIN) == [
         "+6.00", "-", "-", "-", "-", "1", "+4.77", "-",
     ]  # fmt: skip
     equal = [record("flat", 0.5, 0), record("flat", 0.6, 1), record("hkt", 0.51, 0), record("hkt", 0.61, 1)]
     text = markdown(equal)
-    assert row(part(text, "### Gains"), "hkt - flat (RoPE)")[:2] == ["+1.00", "-"]
-    assert "hkt - flat (RoPE): all differences are equal" in text
+    assert row(part(text, "### Gains"), GAIN)[:2] == ["+1.00", "-"]
+    assert f"{GAIN}: all differences are equal" in text
     none = markdown([record("hkt", 0.5), record("flat", 0.5, 1)])
-    assert row(part(none, "### Gains"), "hkt - flat (RoPE)")[0] == "no pairs"
+    assert row(part(none, "### Gains"), GAIN)[0] == "no pairs"
     assert "No pair of runs" in summary_table([record("hkt", 0.5), record("flat", 0.5, 1)])
 
 
@@ -292,6 +296,10 @@ def test_the_strongest_flat_arm_is_chosen_by_validation():
     (section,) = sections([*records, *bert])
     assert strongest_flat(section).label == "bert (absolute)"
     assert "hkt (RoPE) - bert (absolute), the strongest flat arm" in markdown([*records, *bert])
+    flat = [record("flat", 0.5, validation_accuracy=0.95, position_embedding_type="rope", num_levels=1)]
+    (section,) = sections([*records, *flat])
+    labels = [item.label for item in comparisons(section) if item.is_main]
+    assert labels == [GAIN]  # once
 
 
 def test_which_arms_are_compared():
