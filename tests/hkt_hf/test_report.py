@@ -580,21 +580,21 @@ def test_the_figures_of_other_settings_are_those_of_their_records():
     )
     assert not arms
     assert f"give {flat:.2%} and {hkt:.2%}" in text and f"a gain of {100 * (hkt - flat):+.2f}" in text
-    assert f"it has {pixels:.2%} (`results/other_settings`)" in text
+    assert f"half of it, that of flat attention, has {pixels:.2%} (`results/other_settings`)" in text
     gain = 100 * (arms_of(RESULTS)["listops", "hkt (RoPE)"].mean("test_accuracy") - flat_rope)
     assert f"flat attention 1e-3 and {flat_rope:.2%}, and HKT a gain of {gain:+.2f}" in text
 
 
 def test_the_figures_on_the_gain_are_those_of_the_records():
-    """What docs/experiments.md says of the controls and ablations on ListOps."""
+    """What docs/experiments.md says of the controls and ablations on ListOps, and of positions on CIFAR-10."""
     text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
     arms = arms_of(RESULTS)
 
-    def accuracies(label):
-        return {seed: 100 * run["test_accuracy"] for seed, run in arms["listops", label].final.items()}
+    def accuracies(label, task="listops"):
+        return {seed: 100 * run["test_accuracy"] for seed, run in arms[task, label].final.items()}
 
-    def gain(treated, control):
-        treated, control = accuracies(treated), accuracies(control)
+    def gain(treated, control, task="listops"):
+        treated, control = accuracies(treated, task), accuracies(control, task)
         seeds = sorted(treated.keys() & control.keys())
         found = paired_difference([treated[seed] for seed in seeds], [control[seed] for seed in seeds])
         return f"{found['mean']:+.2f}", f"{found['low']:+.2f} to {found['high']:+.2f}", f"p {found['p_value']:.3f}"
@@ -622,6 +622,17 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     trained = accuracies("hkt (RoPE)")
     same_seeds = statistics.mean(trained[seed] for seed in accuracies("hkt-uniform-weights (RoPE)"))
     assert f"give {uniform:.2f}%, what trained ones give ({same_seeds:.2f}% with the same seeds)" in text
+    absolute, (rope, interval, p_value) = (
+        gain(f"hkt ({positions})", f"flat ({positions})", "cifar10") for positions in ("absolute", "RoPE")
+    )
+    assert f"HKT gains {absolute[0]} points with absolute positions, ahead with four seeds of five" in text
+    assert f"and {rope} with rotary ones ({interval}, {p_value}), ahead with every seed" in text
+    flat, without, both = (
+        statistics.mean(accuracies(label, "cifar10").values())
+        for label in ("flat (RoPE)", "hkt (absolute)", "hkt (RoPE)")
+    )
+    assert f"flat attention with them ({flat:.2f}%) is ahead of HKT without ({without:.2f}%)" in text
+    assert f"and HKT with them has {both:.2f}%" in text
 
 
 def test_the_figures_on_pretraining_are_those_of_the_records():
