@@ -38,7 +38,9 @@ class HKTConfig(PreTrainedConfig):
             Where the layer norms are: `"pre"`, before attention and feed-forward and after the last layer, or `"post"`,
             after the embeddings and after each residual sum, as in BERT.
         num_levels (`int`, *optional*, defaults to 3):
-            Resolutions `L` (the paper's experiments use 3). Level `l` has `ceil(T / 2**l)` blocks.
+            Resolutions `L` (the paper's experiments use 3). Level `l` has `ceil(T / 2**l)` blocks. On ListOps each level
+            adds accuracy, and less than the one before: 44.5, 46.3, 47.6 and 48.3% with one to four, means of three seeds
+            (`results/reproduce/report.md`).
         downsample_kernel_size (`int`, *optional*, defaults to 2):
             Taps `K` of the causal convolution between two levels.
         downsample_type (`str`, *optional*, defaults to `"depthwise"`):

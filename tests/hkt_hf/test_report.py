@@ -1,5 +1,6 @@
 """`hkt report`, on records of which the answer is known; and the committed results, where there are any."""
 
+import itertools
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from hkt_hf import HKTConfig
 from hkt_hf.cli import main
 from hkt_hf.experiments.comparisons import PAPER_RESULTS, comparisons, strongest_flat
 from hkt_hf.experiments.protocol import load_protocol
@@ -622,6 +624,14 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     trained = accuracies("hkt (RoPE)")
     same_seeds = statistics.mean(trained[seed] for seed in accuracies("hkt-uniform-weights (RoPE)"))
     assert f"give {uniform:.2f}%, what trained ones give ({same_seeds:.2f}% with the same seeds)" in text
+    names = ("flat", "hkt-levels-2", "hkt", "hkt-levels-4")
+    by_levels = [[accuracies(f"{name} (RoPE)")[seed] for seed in (0, 1, 2)] for name in names]
+    assert all(low < high for few, more in itertools.pairwise(by_levels) for low, high in zip(few, more, strict=True))
+    one, two, three, four = (f"{statistics.mean(values):.2f}%" for values in by_levels)
+    assert f"{one} with one, {two} with two, {three} with three and {four} with four" in text
+    for more, few in itertools.pairwise(reversed(by_levels[1:])):
+        step = paired_difference(more, few)
+        assert f"{step['mean']:+.2f} ({step['low']:+.2f} to {step['high']:+.2f}, p {step['p_value']:.3f})" in text
     absolute, (rope, interval, p_value) = (
         gain(f"hkt ({positions})", f"flat ({positions})", "cifar10") for positions in ("absolute", "RoPE")
     )
@@ -633,6 +643,24 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     )
     assert f"flat attention with them ({flat:.2f}%) is ahead of HKT without ({without:.2f}%)" in text
     assert f"and HKT with them has {both:.2f}%" in text
+
+
+def test_the_evidence_for_defaults_is_that_of_the_records():
+    """What the docstring of `HKTConfig` says of levels and positions."""
+    text = " ".join(HKTConfig.__doc__.split())
+    arms = arms_of(RESULTS)
+    names = ("flat", "hkt-levels-2", "hkt", "hkt-levels-4")
+    one, two, three, four = (
+        statistics.mean(100 * arms["listops", f"{name} (RoPE)"].final[seed]["test_accuracy"] for seed in (0, 1, 2))
+        for name in names
+    )
+    assert f"{one:.1f}, {two:.1f}, {three:.1f} and {four:.1f}% with one to four, means of three seeds" in text
+    rope, absolute, rope_pixels, absolute_pixels = (
+        f"{arms[task, f'hkt ({positions})'].mean('test_accuracy'):.1%}"
+        for task in ("listops", "cifar10")
+        for positions in ("RoPE", "absolute")
+    )
+    assert f"{rope} against {absolute} on ListOps, {rope_pixels} against {absolute_pixels} on CIFAR-10" in text
 
 
 def test_the_figures_on_pretraining_are_those_of_the_records():
