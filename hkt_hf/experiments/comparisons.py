@@ -139,9 +139,7 @@ def comparisons(section: Section) -> list[Comparison]:
     is_flat_rope = strongest is not None and strongest.label == flat_rope.label
     remark = "the strongest flat arm"
     compare(section.arm("hkt", "absolute"), section.arm("flat", "absolute"), is_main=True, is_papers=True)
-    compare(
-        section.arm("hkt", "rope"), flat_rope, remark=remark if is_flat_rope else "", is_main=True, is_papers=True
-    )
+    compare(section.arm("hkt", "rope"), flat_rope, remark=remark if is_flat_rope else "", is_main=True, is_papers=True)
     if strongest is not None and not is_flat_rope:
         compare(section.arm("hkt", "rope"), strongest, remark=remark, is_main=True)
     for arm in section.arms:
