@@ -168,8 +168,9 @@ def measure(
     """Accuracy, operations of attention by the paper's count, and processor seconds, on the test examples.
 
     Returns:
-        `dict`: `accuracy` and `wrong`, the indices of the test examples that it misses; `operations` and `operations_flat`, means an example over all layers; `saved_in_replaced_layers`, the
-        share of the replaced layers' operations that is saved, `None` without any; `seconds`, an example.
+        `dict`: `accuracy` and `wrong`, the indices of the test examples that it misses; `operations` and `operations_flat`,
+        means an example over all layers; `saved_in_replaced_layers`, the share of the replaced layers' operations that is
+        saved, `None` without any; `seconds`, an example.
     """
     split = task.splits["test"].select(range(min(protocol.num_test, len(task.splits["test"]))))
     texts, labels = split["text"][:], torch.tensor(split["label"][:])
