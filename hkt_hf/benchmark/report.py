@@ -261,8 +261,9 @@ def _comparison_table(group: Group) -> list[str]:
             )
     if not rows:
         return []
+    what = "HSA" if all(row[0].startswith("hsa") for row in rows) else "HKT"
     header = [
-        "HKT",
+        what,
         "against",
         "faster at T",
         "even at T",
@@ -273,7 +274,7 @@ def _comparison_table(group: Group) -> list[str]:
         "memory",
     ]
     return [
-        "Where HKT wins and where it loses (faster or slower: at least three quarters of the turns say so):",
+        f"Where {what} wins and where it loses (faster or slower: at least three quarters of the turns say so):",
         "",
         *table(header, rows),
         "",
