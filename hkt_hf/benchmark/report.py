@@ -261,7 +261,7 @@ def _comparison_table(group: Group) -> list[str]:
             )
     if not rows:
         return []
-    what = "HSA" if all(row[0].startswith("hsa") for row in rows) else "HKT"
+    what = "/".join(sorted({"HSA" if row[0].startswith("hsa") else "HKT" for row in rows}))
     header = [
         what,
         "against",

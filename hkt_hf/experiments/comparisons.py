@@ -135,12 +135,10 @@ def comparisons(section: Section) -> list[Comparison]:
         if treated.final or (options.get("is_main") and control.final):
             found.append(Comparison(treated, control, section.task, **options))
 
-    strongest, flat_rope = strongest_flat(section), section.arm("flat", "rope")
-    is_flat_rope = strongest is not None and strongest.label == flat_rope.label
-    remark = "the strongest flat arm"
     compare(section.arm("hkt", "absolute"), section.arm("flat", "absolute"), is_main=True, is_papers=True)
-    compare(section.arm("hkt", "rope"), flat_rope, remark=remark if is_flat_rope else "", is_main=True, is_papers=True)
-    if strongest is not None and not is_flat_rope:
+    flat, strongest, remark = section.arm("flat", "rope"), strongest_flat(section), "the strongest flat arm"
+    compare(section.arm("hkt", "rope"), flat, remark=remark if strongest is flat else "", is_main=True, is_papers=True)
+    if strongest not in (None, flat):
         compare(section.arm("hkt", "rope"), strongest, remark=remark, is_main=True)
     for arm in section.arms:
         if arm.kind == "flat variant" or arm.name == "bert":

@@ -635,6 +635,12 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     absolute, (rope, interval, p_value) = (
         gain(f"hkt ({positions})", f"flat ({positions})", "cifar10") for positions in ("absolute", "RoPE")
     )
+    ahead = [
+        sum(run > accuracies(f"flat ({positions})", "cifar10")[seed] for seed, run in runs.items())
+        for positions in ("absolute", "RoPE")
+        for runs in [accuracies(f"hkt ({positions})", "cifar10")]
+    ]
+    assert ahead == [4, 5]
     assert f"HKT gains {absolute[0]} points with absolute positions, ahead with four seeds of five" in text
     assert f"and {rope} with rotary ones ({interval}, {p_value}), ahead with every seed" in text
     flat, without, both = (
