@@ -152,10 +152,10 @@ class LayerChoice:
 
     def attend(self, query, key, value, mask, scaling) -> torch.Tensor:
         """HSA, with the exact rows: `(B, H, N, e)`."""
-        shift = None if mask is None else left_padding(mask)
-        if shift is not None:
-            query, key, value = (roll(states, shift) for states in (query, key, value))
-            mask = roll(mask[:, None, :, None], shift)[:, 0, :, 0]
+        order = None if mask is None else real_first(mask)
+        if order is not None:
+            query, key, value = (reorder(states, order) for states in (query, key, value))
+            mask = mask.gather(1, order)
         exact = [position for position in self.exact_tokens if position < query.shape[2]]
         row_weights = None
         if exact:
@@ -167,20 +167,18 @@ class LayerChoice:
             key_mask = None if mask is None else mask[:, None, None, :]
             rows = F.scaled_dot_product_attention(query[:, :, exact], key, value, attn_mask=key_mask, scale=scaling)
             output = output.index_copy(2, torch.tensor(exact, device=output.device), rows)
-        return output if shift is None else roll(output, -shift)
+        return output if order is None else reorder(output, order.argsort(1))
 
 
-def left_padding(mask: torch.Tensor) -> torch.Tensor | None:
-    """Padded columns before the first real one, `(B,)`, or `None` where no sequence has any."""
-    first = mask.long().argmax(1)
-    return first if bool(first.any()) else None
+def real_first(mask: torch.Tensor) -> torch.Tensor | None:
+    """Columns of a mask `(B, N)`, the real ones first: padding in front and gaps go to the end. `None` where they do already."""
+    order = mask.long().argsort(dim=1, descending=True, stable=True)
+    return None if bool((order == torch.arange(mask.shape[1], device=mask.device)).all()) else order
 
 
-def roll(states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Roll the third dimension of `(B, H, N, e)` by `-shift (B,)`."""
-    length = states.shape[2]
-    index = (torch.arange(length, device=states.device) + shift[:, None]) % length
-    return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+def reorder(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The third dimension of `(B, H, N, e)` in the order `(B, N)`."""
+    return states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
 AttentionInterface.register(ATTENTION_NAME, hsa_attention)

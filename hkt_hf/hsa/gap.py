@@ -16,8 +16,8 @@ from .attention import (
     attention_modules,
     has_window,
     hsa_mask,
-    left_padding,
-    roll,
+    real_first,
+    reorder,
 )
 
 
@@ -97,10 +97,10 @@ def _gaps(choice, query, key, attention_mask, scaling, num_rows: int, generator)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch_size, heads, length, _ = query.shape
     mask = None if attention_mask is None else attention_mask[:, 0, 0]
-    shift = None if mask is None else left_padding(mask)
-    if shift is not None:
-        query, key = roll(query, shift), roll(key, shift)
-        mask = roll(mask[:, None, :, None], shift)[:, 0, :, 0]
+    order = None if mask is None else real_first(mask)
+    if order is not None:
+        query, key = reorder(query, order), reorder(key, order)
+        mask = mask.gather(1, order)
     tree = choice.tree(query, mask)
     weights = tree.mask.double()
     weights[:, [position for position in choice.exact_tokens if position < length]] = 0.0

@@ -59,7 +59,8 @@ def inject(
             stay as they are.
         tree (`int`, sequence of `int` and `None`, or `Callable`, *optional*, defaults to `(16, None)`): branching of regular
             trees, as in [`SignalTree.regular`]: windows of 16 tokens under a flat root. Or a function from the mask of a
-            batch, bool `(B, N)`, to its [`SignalTree`]; such a choice is not saved.
+            batch, bool `(B, N)`, to its [`SignalTree`]; such a choice is not saved. Trees are over the real tokens, which come
+            first in that mask, wherever padding is.
         layers (`str` or sequence of `int`, *optional*, defaults to `"auto"`): `"all"`, indices, or `"auto"`: the most layers whose
             gaps on `batch` ([`~hkt_hf.hsa.gap.gap_report`]) add up to no more than `budget`.
         exact_tokens (sequence of `int`, *optional*, defaults to `(0,)`): positions, counted from the first real token, whose rows

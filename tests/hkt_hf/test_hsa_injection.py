@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -111,6 +113,21 @@ def test_padding_in_front_gives_the_same_rows():
         left_states = base(**left, position_ids=positions).last_hidden_state
     for row, (length, shift) in enumerate(zip((15, 23, 9), shifts, strict=True)):
         torch.testing.assert_close(left_states[row, shift:], right_states[row, :length], rtol=0, atol=1e-5)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=15, max_size=15).filter(any), min_size=2, max_size=2))
+def test_masked_tokens_between_real_ones_are_as_if_they_were_not_there(masks):
+    """Groups and exact rows are counted over the real tokens, and nothing of the others reaches them."""
+    model = encoder()
+    inject(model, tree=(4, None), layers="all", exact_tokens=(0, 3))
+    mask = torch.tensor(masks).long()
+    ids = torch.arange(1, 31).reshape(2, 15)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        together = model.bert(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state
+        for row, real in enumerate(mask.bool()):
+            alone = model.bert(input_ids=ids[row : row + 1, real]).last_hidden_state[0]
+            torch.testing.assert_close(together[row, real], alone, rtol=0, atol=1e-5)
 
 
 def test_only_the_chosen_layers_change():
@@ -269,6 +286,18 @@ def test_gaps_leave_the_model_alone(family):
     assert [entry["layer"] for entry in gaps] == ([0, 2] if family == "modernbert" else [0, 1, 2])
     assert model.training and model.config.to_dict() == config
     assert model.config._attn_implementation != PROBE_NAME
+
+
+def test_the_gap_is_that_of_the_real_tokens():
+    model = encoder()
+    real = torch.tensor([0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1])
+    ids = torch.arange(1, 13)
+    positions = (real.cumsum(0) - 1).clamp_min(0)
+    batch = {"input_ids": ids[None], "attention_mask": real[None], "position_ids": positions[None]}
+    found = gap_report(model, batch, tree=(4, None))
+    alone = gap_report(model, {"input_ids": ids[None, real.bool()]}, tree=(4, None))
+    assert [entry["gap"] for entry in found] == pytest.approx([entry["gap"] for entry in alone], rel=1e-4)
+    assert min(entry["gap"] for entry in alone) > 1e-3
 
 
 def test_sampled_rows_estimate_the_gap():
