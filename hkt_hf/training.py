@@ -258,6 +258,7 @@ def train(
         **results,
         "main_metric": main_metric,
         "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
         "seconds": round(seconds, 2),
         "resumed": checkpoint is not None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..architectures import architecture
 from ..config import ExperimentConfig
 from ..data import TaskData
 from ..modeling import HKTConfig
 from ..modeling.modeling_hkt import HKTAttention, HKTForSequenceClassification
-from ..tokenization import build_tokenizer
-from ..training import build_model_and_tokenizer
+from ..presets import field_names
+from ..training import build_model_and_tokenizer, new_tokenizer
 from .peers import build_peer, peer_names, peer_padding
 
 
@@ -253,13 +254,15 @@ def model_fields(name: str, base: Mapping[str, Any], *, vocab_size: int, length:
 
     Args:
         name (`str`): the arm.
-        base (mapping): fields that all arms share.
+        base (mapping): fields that all arms share; those that the arm's architecture does not have are left out.
         vocab_size (`int`): of the task.
         length (`int`): longest sequence, which FLOPs are counted at.
         num_labels (`int`): of the task.
     """
     arm, position = parse_arm(name)
-    fields = {**base, **arm.fields, "position_embedding_type": position}
+    known = field_names(architecture(arm.fields.get("model_type", HKTConfig.model_type)).config_class)
+    shared = {name: value for name, value in base.items() if name in known}
+    fields = {**shared, **arm.fields, "position_embedding_type": position}
     if arm.as_large_as is not None:
         sizes = {"vocab_size": vocab_size, "max_position_embeddings": length, "num_labels": num_labels}
         target = _costs({**base, "position_embedding_type": position, **sizes}, arm, length)
@@ -306,7 +309,7 @@ def initialize_by_name(model: PreTrainedModel, seed: int) -> None:
     Models of different architectures then begin with the same weights wherever name and shape agree. The global
     generator is left as it was.
     """
-    for name, module in model.named_modules():
+    for name, module in reversed(list(model.named_modules())):  # embeddings after a head that is tied to them
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
             model._init_weights(module)
@@ -327,7 +330,7 @@ def build_arm(name: str, config: ExperimentConfig, task: TaskData) -> tuple[nn.M
     arm, _ = parse_arm(name)
     if arm.is_peer:
         return _build_peer(name, config, task)
-    model, tokenizer = build_model_and_tokenizer(config, task)
+    model, tokenizer = build_model_and_tokenizer(config, task)  # with the head of `config.objective`
     if "checkpoint" not in config.model:
         initialize_by_name(model, config.seed)
     if arm.change is not None:
@@ -343,11 +346,7 @@ def arm_padding(name: str, length: int) -> int | None:
 
 def _build_peer(name: str, config: ExperimentConfig, task: TaskData) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     length = config.tokenizer.max_length
-    tokenizer = build_tokenizer(
-        config.tokenizer.kind or task.tokenizer_kind,
-        model_max_length=length,
-        add_cls_token=config.tokenizer.add_cls_token,
-    )
+    tokenizer = new_tokenizer(config.tokenizer, task.tokenizer_kind)
     sizes = HKTConfig(**config.model)
     model = build_peer(
         name,

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .records import PROTOCOLS, TASK_TITLES
+
 
 def add_reproduce_parser(commands) -> None:
     """Add `reproduce` to the subcommands of `hkt`."""
@@ -27,14 +29,20 @@ def add_reproduce_parser(commands) -> None:
 
 
 def _add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=("listops", "cifar10", "imdb"))
-    parser.add_argument("--protocol", choices=("cpu", "paper"), required=True, help="cut down for a CPU, or in full")
+    parser.add_argument("task", choices=TASK_TITLES)
+    parser.add_argument("--protocol", choices=PROTOCOLS, required=True, help="cut down for a CPU, or in full")
     parser.add_argument(
         "--results", type=Path, default=Path("results/reproduce"), help="folder of the records; default: %(default)s"
     )
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs/reproduce"), help="folder of the checkpoints; default: %(default)s"
+        "--runs",
+        type=Path,
+        help="folder of the checkpoints; default: runs/NAME with the name of the folder of records",
     )
+
+
+def _runs(options: argparse.Namespace) -> Path:
+    return options.runs or Path("runs") / options.results.resolve().name
 
 
 def run_reproduce(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -54,7 +62,7 @@ def run_reproduce(options: argparse.Namespace, overrides: Sequence[str]) -> None
     protocol = load_protocol(options.task, options.protocol, overrides, arms=options.arms, seeds=options.seeds)
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     command = shlex.join(["hkt", *options.words])
-    sweep = Sweep(protocol, options.results, options.runs, threads=threads, command=command)
+    sweep = Sweep(protocol, options.results, _runs(options), threads=threads, command=command)
     with _termination_as_interruption():
         outcome = reproduce(sweep, options.jobs)
     lost = [f"{run.arm} {run.name}" for run in [*outcome["failed"], *outcome["left_out"]]]
@@ -124,4 +132,4 @@ def run_package(options: argparse.Namespace) -> None:
     """Pack the checkpoint and print the path of the archive; errors as in [`~.package.package_best`]."""
     from .package import package_best
 
-    print(package_best(options.results, options.runs, options.task, options.protocol, options.output))
+    print(package_best(options.results, _runs(options), options.task, options.protocol, options.output))

@@ -42,7 +42,7 @@ class Comparison:
         task (`str`): for the paper's result.
         remark (`str`): what to say beside the names.
         is_main (`bool`): HKT against flat attention; these are in the short table.
-        is_papers (`bool`): the comparison that the paper made.
+        is_papers (`bool`): a comparison of the kind that the paper made.
     """
 
     treated: ArmRuns
@@ -113,11 +113,17 @@ class Comparison:
         """`d_z`; `None` as for [`t_interval`]."""
         return statistics.effect_size(*self._pairs) if self.seeds else None
 
+    @property
+    def paper_gain(self) -> float | None:
+        """What the paper of the treated model, HKT's or HSA's, reports on this task; `None` where it reports nothing."""
+        result = PAPER_RESULTS[self.task]
+        return result.gain if result.paper == (HSA_PAPER if self.treated.kind == "hsa" else PAPER) else None
+
     @cached_property
     def seeds_needed(self) -> int | None:
-        """Seeds to find the paper's gain with, given how the differences scatter; `None` as for [`t_interval`]."""
+        """Seeds to find [`paper_gain`] with, given how the differences scatter; `None` as for either."""
         sd = statistics.difference_sd(*self._pairs) if self.seeds else None
-        return statistics.seeds_needed(PAPER_RESULTS[self.task].gain, sd) if sd else None
+        return statistics.seeds_needed(self.paper_gain, sd) if sd and self.paper_gain is not None else None
 
 
 def comparisons(section: Section) -> list[Comparison]:

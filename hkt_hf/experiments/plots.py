@@ -22,7 +22,7 @@ def gains(parts: Sequence[Section]):
     """All gains with their intervals: one panel a task and protocol, one row a comparison.
 
     The thick bar is the t interval, the thin one with caps below it the bootstrap interval; comparisons of one pair have
-    neither. The dashed line is the paper's gain of HKT over flat.
+    neither. The dashed line is the gain over flat attention that the paper reports.
     """
     rows = {section.slug: [item for item in comparisons(section) if item.seeds] for section in parts}
     heights = [max(len(rows[section.slug]), 1) + 1.5 for section in parts]
@@ -57,7 +57,7 @@ def gains(parts: Sequence[Section]):
         Line2D([], [], color="black", marker=".", linestyle="", alpha=0.6, label="each seed"),
         Line2D([], [], color="tab:blue", linewidth=3.5, alpha=0.45, label="95% t interval"),
         Line2D([], [], color="tab:blue", linewidth=1, marker="|", label="95% bootstrap interval"),
-        Line2D([], [], color="tab:red", linestyle="--", label="the paper's gain, HKT over flat"),
+        Line2D([], [], color="tab:red", linestyle="--", label="the paper's gain over flat attention"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
     return figure

@@ -1,14 +1,14 @@
 """What `hkt reproduce` runs for a task: its data, model and training, and how settings are searched. Read from YAML."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import product
 from typing import Any
 
 from ..config import ExperimentConfig, build_experiment, merge, parse_overrides, read_with_bases
 from ..presets import check_keys
 from .arms import check_arm
-from .records import PROTOCOLS, TASK_TITLES
+from .records import PROTOCOLS, SETTING_KEYS, TASK_TITLES
 
 
 TASKS = tuple(TASK_TITLES)
@@ -67,9 +67,17 @@ class Search:
     training: Mapping[str, Any]
     finalists: int = 0
 
+    def __post_init__(self):
+        for name in SETTING_KEYS:
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not values:
+                raise ValueError(f"`search.{name}` must be a list of at least one number, got {values!r}")
+
     def settings(self) -> list[Setting]:
         """All points of the grid, the last field changing fastest."""
-        return [Setting(*point) for point in product(self.learning_rate, self.hidden_dropout, self.weight_decay)]
+        return [
+            Setting(*point) for point in itertools.product(self.learning_rate, self.hidden_dropout, self.weight_decay)
+        ]
 
 
 @dataclass(frozen=True)
@@ -114,13 +122,15 @@ class Protocol:
     def __post_init__(self):
         for arm in [*self.arms, *self.arm_seeds]:
             check_arm(arm)
+        for seed in (self.search.seed, *self.seeds, *itertools.chain.from_iterable(self.arm_seeds.values())):
+            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+                raise ValueError(f"`seeds` and `search.seed` must be integers of at least 0, got {seed!r}")
         for seeds in (self.seeds, *self.arm_seeds.values()):
             if not seeds or len(set(seeds)) < len(seeds):
                 raise ValueError(f"`seeds` must be different ones, at least one, got {list(seeds)}")
             if self.search.seed in seeds:
                 raise ValueError(f"`search.seed` ({self.search.seed}) must not be one of `seeds` {list(seeds)}")
-        if not self.search.settings():
-            raise ValueError("`search` must name at least one value for each of its fields")
+        self.search.settings()
         finalists, rates = self.search.finalists, len(set(self.search.learning_rate))
         if isinstance(finalists, bool) or not isinstance(finalists, int) or not 0 <= finalists <= rates:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The records of `hkt reproduce`, one JSON file a run: read, checked, and put together by task, protocol and arm."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -78,7 +79,7 @@ def read_records(folder: str | Path) -> list[dict]:
     Raises:
         FileNotFoundError: no such folder, or no JSON file in it.
         ValueError: a file that is no record; two records of the same run; final runs of one task and protocol with
-            test splits of different sizes. The message names the files.
+            test splits of different sizes, or with different data. The message names the files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -88,6 +89,7 @@ def read_records(folder: str | Path) -> list[dict]:
         raise FileNotFoundError(f"`results` {folder} holds no record (*.json); `hkt reproduce` writes them")
     found: dict[tuple, tuple[Path, dict]] = {}
     sizes: dict[tuple, tuple[Path, int]] = {}
+    fingerprints: dict[tuple, tuple[Path, str]] = {}
     for path in paths:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -105,6 +107,12 @@ def read_records(folder: str | Path) -> list[dict]:
                     f"{first} and {path} were tested on {size} and {record['num_test']} examples: runs of one task and "
                     "protocol must share their test split"
                 )
+        if record.get("data_fingerprint") is not None:
+            first, fingerprint = fingerprints.setdefault(run[:2], (path, record["data_fingerprint"]))
+            if fingerprint != record["data_fingerprint"]:
+                raise ValueError(
+                    f"{first} and {path} are of different data or tokenizers: runs of one task and protocol must share them"
+                )
     return [record for _, (_, record) in sorted(found.items(), key=lambda item: repr(item[0]))]
 
 
@@ -113,15 +121,17 @@ def check_record(record: object, path: str | Path) -> None:
 
     Keys of all: `task`, `protocol`, `arm`, `num_levels`, `position_embedding_type` (`None` for models of other kinds),
     `stage` (`"pretraining"`; `"search"` and `"finalist"`: the short and the full runs that choose the setting; `"final"`),
-    `seed`, `setting` (learning_rate, hidden_dropout, weight_decay; `None` for pretraining), `status` with `reason`,
+    `seed`, `setting` (learning_rate, hidden_dropout, weight_decay; `None` for pretraining, and where the search gave none),
+    `status` with `reason`,
     `validation_accuracy`, `test_accuracy` (of finished final runs alone), `config`, `pretraining` (steps, seconds and
     masked_accuracy of what the run began from) and `threads`.
 
     Keys of those that finished: `curve` (`train`: step, loss; `validation`: step, loss, accuracy, seconds, and for HKT
     level_weights as `[layer][head][level]`), `seconds` of the run, `memory` (peak bytes), `parameters`, `tokens`
     (trained on, without padding), `versions`, `machine`, `commit`; but for pretraining also `flops` (forward, one
-    sequence of the longest length), `num_test` and `validation_loss`. Used where it is: `step_seconds` (those of training
-    steps alone). Others are let pass.
+    sequence of the longest length), `num_test` and `validation_loss`. Used where they are: `step_seconds` (those of training
+    steps alone), `rank` (of a finalist) and `data_fingerprint` ([`~hkt_hf.experiments.run.data_fingerprint`]). Others are let
+    pass.
 
     Args:
         record (`object`): what the file holds.
@@ -151,6 +161,8 @@ def check_record(record: object, path: str | Path) -> None:
     if stage == "pretraining":
         if setting is not None:
             refuse("setting", "null for pretraining")
+    elif setting is None and not is_finished:
+        pass  # nothing gave it one
     elif (
         setting is None
         or set(setting) != set(SETTING_KEYS)
@@ -182,11 +194,13 @@ def _check_types(record: dict, path: str | Path, wanted: dict) -> None:
 
 
 def best_record(records: Iterable[dict]) -> dict | None:
-    """The finished run of a search with the lowest validation loss, the first of equal ones; `None` if none finished.
+    """The finished run of a search with the lowest finite validation loss, the first of equal ones; `None` if there is none.
 
     Not by accuracy: after the few steps of a search run its noise is larger than what tells the settings apart.
     """
-    finished = [record for record in records if record["status"] == FINISHED]
+    finished = [
+        record for record in records if record["status"] == FINISHED and math.isfinite(record["validation_loss"])
+    ]
     return min(finished, key=lambda record: record["validation_loss"], default=None)
 
 
@@ -206,9 +220,9 @@ def setting_of(record: dict) -> tuple[float, ...]:
 
 def _run(record: dict) -> tuple:
     """What tells a run from the others. A final run is known by its seed: its setting has been chosen."""
-    setting = setting_of(record) if record["stage"] in SEARCH_STAGES else ()
+    setting = setting_of(record) if record["stage"] in SEARCH_STAGES and record["setting"] else ()
     keys = ("task", "protocol", "arm", "position_embedding_type", "stage", "seed")
-    return (*(record[key] for key in keys), setting)
+    return (*(record[key] for key in keys), setting, record.get("rank"))
 
 
 def _names(keys: Iterable[str]) -> str:

@@ -417,7 +417,7 @@ def _search_table(section: Section) -> list[str]:
 
 def _finalist(record: dict) -> str:
     loss = f"{record['validation_loss']:.4f}" if record["status"] == FINISHED else _STATUS_WORDS[record["status"]]
-    return f"{_setting(setting_of(record))}: {loss}"
+    return loss if record["setting"] is None else f"{_setting(setting_of(record))}: {loss}"
 
 
 def _edge(arm: ArmRuns, chosen: dict, rates: Sequence[float]) -> list[str]:
@@ -429,8 +429,8 @@ def _edge(arm: ArmRuns, chosen: dict, rates: Sequence[float]) -> list[str]:
 
 def _other_settings(arm: ArmRuns, chosen: dict) -> list[str]:
     others: dict[tuple, list[int]] = {}
-    for seed, record in arm.final.items():
-        if setting_of(record) != setting_of(chosen) and record["status"] != NOT_AVAILABLE:
+    for seed, record in arm.finished.items():
+        if setting_of(record) != setting_of(chosen):
             others.setdefault(setting_of(record), []).append(seed)
     return [
         f"- {arm.label}, {_seeds(seeds)}: the final runs have another setting, {_setting(used)}."
@@ -502,7 +502,7 @@ def _p(p_value: float | None) -> str:
 
 
 def _paper_gain(comparison: Comparison) -> str:
-    return f"{PAPER_RESULTS[comparison.task].gain:+.2f}" if comparison.is_papers else ""
+    return f"{comparison.paper_gain:+.2f}" if comparison.is_papers and comparison.paper_gain is not None else ""
 
 
 def _setting(setting: tuple) -> str:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..training import new_tokenizer
 from .arms import model_fields, parse_arm, setting_source
 from .protocol import Protocol, Setting
 from .records import FAILED, FINISHED, SEARCH_STAGES, best_record, finalists
-from .run import RunSpecification, record_run, write_specification
+from .run import RunSpecification, data_fingerprint, record_run, write_specification
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Sweep:
         command (`str`): goes into the records.
 
     Raises:
-        ValueError: data that can't be used, or a record of the same run with other settings.
+        ValueError: data or a configuration that can't be used, or a record of the same run with other settings or data.
     """
 
     def __init__(self, protocol: Protocol, results: str | Path, runs: str | Path, *, threads: int, command: str = ""):
@@ -76,8 +76,12 @@ class Sweep:
         self.folders = Path(runs) / protocol.task / protocol.name
         self.threads = threads
         self.command = command
-        # Before anything is run: data that can't be used end it here, and later processes find them prepared.
-        self.task: TaskData = load_data(protocol.base_config().data)
+        # Before anything is run: what can't be used ends it here, and later processes find the data prepared.
+        config = protocol.base_config()
+        self.task: TaskData = load_data(config.data)
+        self.tokenizer = new_tokenizer(config.tokenizer, self.task.tokenizer_kind)
+        self.data_fingerprint = data_fingerprint(self.task, self.tokenizer)
+        self.check_configurations()
         self.check_records()
 
     def runs(self) -> list[Run]:
@@ -165,9 +169,11 @@ class Sweep:
         if self.setting(run) is not None:
             return None
         searched = [record for stage in SEARCH_STAGES for record in self._searched(run.arm, stage)]
-        first = next(record for record in searched if record["status"] != FINISHED)
+        diverged = {"status": FAILED, "reason": "no run has a finite validation loss"}
+        first = next((record for record in searched if record["status"] != FINISHED), diverged)
         reason = first["reason"].removeprefix(IN_SEARCH)
-        record_run(self.specification(run), {"status": first["status"], "reason": IN_SEARCH + reason})
+        specification = replace(self.specification(run), setting=None)
+        record_run(specification, {"status": first["status"], "reason": IN_SEARCH + reason})
         return first["status"]
 
     def specification(self, run: Run) -> RunSpecification:
@@ -182,6 +188,7 @@ class Sweep:
             arm=run.arm,
             stage=run.stage,
             seed=run.seed,
+            rank=run.rank,
             setting=None if setting is None else vars(setting),
             config=self._config(run, setting),
             record=str(self.record_path(run)),
@@ -211,34 +218,46 @@ class Sweep:
         elif parse_arm(run.arm)[0].is_peer:
             values["model"] = {**config.model, "hidden_dropout": dropout}
         else:
-            length = config.tokenizer.max_length
-            tokenizer = new_tokenizer(config.tokenizer, self.task.tokenizer_kind)
             values["model"] = model_fields(
                 run.arm,
                 {**config.model, "hidden_dropout": dropout},
-                vocab_size=len(tokenizer),
-                length=length,
+                vocab_size=len(self.tokenizer),
+                length=config.tokenizer.max_length,
                 num_labels=len(self.task.label_names),
             )
         return build_experiment(values).to_dict()
 
+    def check_configurations(self) -> None:
+        """Refuse a protocol of which some run can't be configured.
+
+        Raises:
+            ValueError: as in [`~hkt_hf.config.build_experiment`].
+        """
+        setting = self.protocol.search.settings()[0]
+        for run in {(run.arm, run.stage): run for run in self.runs()}.values():
+            self._config(run, run.setting or setting)
+
     def check_records(self) -> None:
-        """Refuse records that were made with other data, models or training than the protocol, or its search, now asks for.
+        """Refuse finished runs of other data, models or training than the protocol, or its search, now asks for.
 
         Raises:
             ValueError: names the record and what differs.
         """
         for run in self.runs():
             record = self.record(run)
-            if record is None or not all(self.record(needed) for needed in self.needs(run)):
+            if record is None or record["status"] != FINISHED:
                 continue
-            now = self.specification(run)
-            found = build_experiment(record["config"]).to_dict()
-            other = [
-                name
-                for name in differences(found, dict(now.config))
-                if name not in ("output_dir", "model.checkpoint", "data.path", "tokenizer.path")
-            ]
+            other = []
+            if all(self.record(needed) for needed in self.needs(run)):
+                now = self.specification(run)
+                found = build_experiment(record["config"]).to_dict()
+                other = [
+                    name
+                    for name in differences(found, dict(now.config))
+                    if name not in ("output_dir", "model.checkpoint", "data.path", "tokenizer.path")
+                ]
+            if record.get("data_fingerprint", self.data_fingerprint) != self.data_fingerprint and not other:
+                other = ["the data or the tokenizer"]
             if other:
                 raise ValueError(
                     f"{self.record_path(run)} is of a run with other settings ({', '.join(other)}): choose another "

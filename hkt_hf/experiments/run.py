@@ -1,5 +1,6 @@
 """One run of `hkt reproduce`, in a process of its own: `python -m hkt_hf.experiments.run SPECIFICATION.json`."""
 
+import hashlib
 import json
 import logging
 import resource
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..benchmark.measurement import NotAvailableError
 from ..config import build_experiment
+from ..data import TaskData
 from ..files import write_json, write_record
 from ..modeling import HKTConfig
-from ..training import METRICS_FILE, build_model_and_tokenizer, train
+from ..training import METRICS_FILE, check_output_dir, train
 from .arms import ROPE_SUFFIX, arm_padding, build_arm, count_flops, parse_arm
 from .records import FAILED, FINISHED, NOT_AVAILABLE, SEARCH_STAGES
 
@@ -37,6 +39,7 @@ class RunSpecification:
         arm (`str`): as in [`~hkt_hf.experiments.arms.parse_arm`].
         stage (`str`): `"pretraining"`, `"search"`, `"finalist"` or `"final"`, which alone reads the test split.
         seed (`int`): of the run.
+        rank (`int`, *optional*): of a finalist.
         setting (mapping, *optional*): point of the grid; `None` for pretraining.
         config (mapping): nested values of the [`~hkt_hf.config.ExperimentConfig`]; its `output_dir` is the run's folder.
         record (`str`): the JSON file to write.
@@ -50,6 +53,7 @@ class RunSpecification:
     arm: str
     stage: str
     seed: int
+    rank: int | None
     setting: Mapping[str, float] | None
     config: Mapping[str, Any]
     record: str
@@ -133,6 +137,7 @@ def record_run(specification: RunSpecification, measured: Mapping[str, Any]) -> 
         "position_embedding_type": position,
         "stage": specification.stage,
         "seed": specification.seed,
+        "rank": specification.rank,
         "setting": specification.setting,
         "validation_accuracy": None,
         "test_accuracy": None,
@@ -151,23 +156,27 @@ def record_run(specification: RunSpecification, measured: Mapping[str, Any]) -> 
 def _measure(specification: RunSpecification) -> dict[str, Any]:
     config = build_experiment(specification.config)
     folder = Path(config.output_dir)
+    check_output_dir(folder, config)
     (folder / METRICS_FILE).unlink(missing_ok=True)  # of a run that was interrupted before its record was written
     pretrains, is_final = specification.stage == "pretraining", specification.stage == "final"
-    sizes: dict[str, int] = {}
+    length = config.tokenizer.max_length
+    multiple = None if pretrains else arm_padding(specification.arm, length)
+    sizes: dict[str, Any] = {}
 
     def build(config, task):
-        if pretrains:
-            return build_model_and_tokenizer(config, task)
         model, tokenizer = build_arm(specification.arm, config, task)
-        sizes["flops"] = count_flops(model, config.tokenizer.max_length)
-        sizes["num_test"] = len(task.splits["test"])
+        if not pretrains:
+            sizes["flops"] = count_flops(model, -(-length // (multiple or 1)) * (multiple or 1))
+            sizes["num_test"] = len(task.splits["test"])
+            sizes["data_fingerprint"] = data_fingerprint(task, tokenizer)
         return model, tokenizer
 
+    clock = RecordCallback()
     report = train(
         config,
         build=build,
-        pad_to_multiple_of=None if pretrains else arm_padding(specification.arm, config.tokenizer.max_length),
-        callbacks=[RecordCallback()],
+        pad_to_multiple_of=multiple,
+        callbacks=[clock],
         measure=("validation", "test") if is_final else ("validation",),
         save_model=pretrains or (is_final and parse_arm(specification.arm)[0].is_checkpoint),
     )
@@ -185,14 +194,32 @@ def _measure(specification: RunSpecification) -> dict[str, Any]:
             for split, entries in curves.items()
         },
         "steps": report["steps"],
-        "tokens": curves["train"][-1]["num_input_tokens_seen"],
+        "tokens": report["tokens"],
         "seconds": report["seconds"],
-        "step_seconds": curves["validation"][-1]["step_seconds"],
+        "step_seconds": round(clock.step_seconds, 2),
         "memory": peak_memory(),
         "parameters": report["parameters"],
         **sizes,
         **{key: report[key] for key in ("versions", "machine", "commit")},
     }
+
+
+def data_fingerprint(task: TaskData, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells data and tokenizers of one task apart, wherever they lie.
+
+    Args:
+        task ([`~hkt_hf.data.TaskData`]): data with labels.
+        tokenizer (`PreTrainedTokenizerBase`): of the models.
+
+    Returns:
+        `str`: 16 hexadecimal digits, a hash of each split's labels and the token ids of its first text, and of the size of the
+        vocabulary.
+    """
+    seen = [
+        [name, split["label"][:], tokenizer(split["text"][0], truncation=True)["input_ids"]]
+        for name, split in task.splits.items()
+    ]
+    return hashlib.blake2b(json.dumps([len(tokenizer), seen]).encode(), digest_size=8).hexdigest()
 
 
 def peak_memory() -> int:

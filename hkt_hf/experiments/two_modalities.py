@@ -7,6 +7,7 @@ tells anything. The trees differ, the model and the data do not.
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def two_modalities(
         `dict`: the file's content: `rows`, one a run, and `differences` to the flat tree in percentage points.
 
     Raises:
-        ValueError: a file of another protocol.
+        ValueError: a file of another protocol, or an arm that diverges with every learning rate.
     """
     path, header = Path(path), {"protocol": json.loads(json.dumps(asdict(protocol)))}
     result: dict[str, Any] = {**header, "rows": [], "differences": {}}
@@ -151,7 +152,10 @@ def two_modalities(
 
     for arm in tqdm(protocol.arms, desc="arms"):
         searched = [run("search", arm, protocol.search_seed, rate) for rate in protocol.learning_rates]
-        rate = min(searched, key=lambda row: row["loss"])["learning_rate"]
+        finite = [row for row in searched if math.isfinite(row["loss"])]
+        if not finite:
+            raise ValueError(f"`learning_rates` {list(protocol.learning_rates)}: {arm} diverged with each of them")
+        rate = min(finite, key=lambda row: row["loss"])["learning_rate"]
         for seed in protocol.seeds:
             run("final", arm, seed, rate)
     accuracies = {

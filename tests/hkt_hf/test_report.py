@@ -199,6 +199,21 @@ def test_the_paper_is_quoted_right():
     assert row(summary_table(both_arms(task="imdb")), "character IMDB", "cpu", GAIN)[-1] == "+7.47"
 
 
+def test_a_paper_is_quoted_for_its_own_model_alone():
+    """On IMDB in subwords HSA's paper says what HSA gains, and nobody what HKT does."""
+    accuracies = {"flat": (0.5, 0.51, 0.53), "hkt": (0.52, 0.55, 0.54)}
+    accuracies |= {"hsa-flat": accuracies["flat"], "hsa": accuracies["hkt"]}
+    records = [
+        record(arm, accuracy, seed=seed, task="imdb-words", position_embedding_type="absolute")
+        for arm, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+    found = {each.label: each for each in comparisons(sections(records)[0])}
+    assert found["hsa - hsa-flat (absolute)"].paper_gain == 7.30 and found["hsa - hsa-flat (absolute)"].seeds_needed
+    assert found["hkt - flat (absolute)"].paper_gain is None and found["hkt - flat (absolute)"].seeds_needed is None
+    assert "+7.30" not in summary_table(records)
+
+
 def test_the_order_of_files_does_not_matter(tmp_path):
     records = [
         *both_arms(),

@@ -1,6 +1,7 @@
 """`hkt reproduce`: arms that differ in one thing, runs that are searched, recorded, resumed and refused as they should be."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,14 @@ import torch
 
 from hkt_hf.cli import main
 from hkt_hf.config import build_experiment
-from hkt_hf.data import load_data
+from hkt_hf.data import TaskData, load_data
 from hkt_hf.experiments import arms
 from hkt_hf.experiments.arms import ARMS, build_arm, count_flops, model_fields, parse_arm, setting_source
-from hkt_hf.experiments.protocol import PROTOCOLS, TASKS, load_protocol
+from hkt_hf.experiments.protocol import PROTOCOLS, TASKS, Setting, load_protocol
 from hkt_hf.experiments.records import read_records
 from hkt_hf.experiments.report import markdown
 from hkt_hf.experiments.reproduce import Run, Sweep, reproduce
-from hkt_hf.experiments.run import execute, record_run
+from hkt_hf.experiments.run import data_fingerprint, execute, record_run
 from hkt_hf.modeling import HKTConfig, HSAConfig, HSAForSequenceClassification
 from hkt_hf.tokenization import build_tokenizer
 
@@ -148,7 +149,10 @@ def test_hsa_is_reproduced_and_reported(tmp_path):
         (["--search.seed", "0"], "must not be one of `seeds`"),
         (["--seeds", "[1, 1]"], "different ones"),
         (["--arms", "[hkt-ropes]"], "hkt-rope"),
-        (["--search.learning_rate", "[]"], "at least one value"),
+        (["--search.learning_rate", "[]"], "`search.learning_rate` must be a list of at least one number"),
+        (["--search.learning_rate", "1e-3"], "`search.learning_rate` must be a list of at least one number"),
+        (["--seeds", "[-1]"], "integers of at least 0, got -1"),
+        (["--search.seed", "-3"], "integers of at least 0, got -3"),
         (["--search.finalists", "9"], "`search.finalists` must be an integer from 0 to"),
         (["--search.hidden_dropout", "[1.5]"], "hidden_dropout"),
         (["--training.max_stepss", "3"], "max_steps"),
@@ -158,6 +162,54 @@ def test_bad_protocols_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         protocol = load_protocol("listops", "cpu", words)
         protocol.search.settings()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--pretraining.training.max_stepz", "5"], "training.max_stepz"),
+        (["--pretraining.mlm_probability", "5"], "`mlm_probability` must be between 0 and 1"),
+        (["--search.training.max_stepz", "5"], "training.max_stepz"),
+    ],
+)
+def test_what_only_a_later_stage_needs_is_checked_before_the_first(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny_sweep(tmp_path, ("flat", "flat-pretrained"), (0,), *words)
+
+
+@pytest.mark.parametrize("task, name", [(task, name) for task in TASKS for name in PROTOCOLS if task != "imdb-words"])
+def test_every_arm_of_a_packaged_protocol_can_be_configured(task, name, tmp_path, monkeypatch):
+    """On a few examples that stand for the task's, and at its own sizes."""
+    rows = datasets.Dataset.from_dict({"text": ["1 2", "2 1"], "label": [0, 1]})
+    data = TaskData(
+        splits=datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows)),
+        problem_type="single_label_classification",
+        label_names=["0", "1"],
+        tokenizer_kind="pixels" if task == "cifar10" else "bytes",
+        description="two examples",
+    )
+    monkeypatch.setattr("hkt_hf.experiments.reproduce.load_data", lambda config: data)
+    sweep = Sweep(load_protocol(task, name), tmp_path / "results", tmp_path / "runs", threads=1)
+    assert {run.arm for run in sweep.runs()} >= set(sweep.protocol.arms)
+
+
+def test_the_command_takes_every_task(capsys):
+    for task in TASKS:
+        with pytest.raises(SystemExit) as ended:
+            main(["reproduce", task, "--help"])
+        assert ended.value.code == 0 and task in capsys.readouterr().out
+    assert main(["reproduce", "imdb-words", "--protocol", "cpu", "--data.path", "nowhere"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_checkpoints_of_other_records_lie_elsewhere(finished, monkeypatch):
+    """By default; `hkt package` finds those of the records that it is given."""
+    monkeypatch.chdir(finished[1])
+    seen = {}
+    monkeypatch.setattr("hkt_hf.experiments.package.package_best", lambda *args: seen.update(runs=args[1]))
+    for results, runs in (("results/reproduce", "runs/reproduce"), ("elsewhere/other/", "runs/other")):
+        assert main(["package", "listops", "--protocol", "cpu", "--results", results]) == 0
+        assert seen["runs"] == Path(runs)
 
 
 def test_arms_begin_with_the_same_weights_wherever_shapes_agree():
@@ -414,6 +466,118 @@ def test_pretrained_arms_begin_from_their_own_pretraining(tmp_path):
     assert final["config"]["model"]["checkpoint"].endswith("hkt-pretrained/pretraining-seed0")
     pretraining = records["hkt-pretrained", "pretraining-seed0"]
     assert pretraining["test_accuracy"] is None and pretraining["setting"] is None
+
+
+def test_pretraining_begins_with_the_same_weights_wherever_shapes_agree(tmp_path):
+    """Embeddings, each projection and the head; a decoder tied to the embeddings has their weights, padding row and all."""
+    sweep = tiny_sweep(tmp_path, ("flat-pretrained", "hkt-pretrained"))
+    states = []
+    for run in sweep.runs():
+        if run.stage == "pretraining" and run.seed == 0:
+            config = build_experiment(sweep.specification(run).config)
+            states.append(build_arm(run.arm, config, sweep.task)[0].state_dict())
+    flat, hkt = states
+    shared = [name for name in flat if name in hkt and flat[name].shape == hkt[name].shape]
+    assert all(torch.equal(flat[name], hkt[name]) for name in shared)
+    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.0.weight"} <= set(shared)
+    assert not flat["model.embed_tokens.weight"][0].any() and flat["model.embed_tokens.weight"][1].any()
+
+
+def test_a_run_that_diverged_is_not_chosen(tmp_path):
+    sweep = tiny_sweep(tmp_path, ("flat",), (0,), "--search.finalists", "2")
+    low, high, first, second, final = sweep.runs()
+    searched(sweep, low, math.nan)
+    searched(sweep, high, 2.3)
+    assert sweep.setting(first) == high.setting and sweep.setting(second) is None
+    searched(sweep, high, math.inf)
+    assert sweep.setting(first) is None and sweep.give_up(final) == "failed"
+    assert sweep.record(final)["reason"] == "in its search: no run has a finite validation loss"
+
+
+def test_what_could_not_be_searched_is_reported_and_tried_again(tmp_path):
+    """Records of an arm that can't run here are read and shown; those of failed ones do not stand in the way of a repair."""
+    sweep = tiny_sweep(tmp_path, ("h-transformer-1d",), (0,), "--search.finalists", "2")
+    *short, first, second, final = sweep.runs()
+    for run in short:
+        record_run(sweep.specification(run), {"status": "not_available", "reason": "not installed"})
+    for run in (first, second, final):
+        assert sweep.give_up(run) == "not_available" and sweep.record(run)["setting"] is None
+    records = read_records(tmp_path / "results")
+    assert len(records) == 5 and "not installed" in markdown(records)
+    for rate, run in enumerate(short):
+        measured = {"validation_loss": 1.0 + rate, "validation_accuracy": 0.5}
+        record_run(sweep.specification(run), {"status": "finished", "reason": None, **measured})
+    repaired = tiny_sweep(tmp_path, ("h-transformer-1d",), (0,), "--search.finalists", "2")
+    assert repaired.setting(first) == short[0].setting
+
+
+def test_a_run_of_other_settings_keeps_its_results(finished, tmp_path):
+    """Another folder of records with the same folder of checkpoints: refused, and what is there stays."""
+    other = Sweep(
+        tiny_protocol(("hkt",), (0,), "--training.max_steps", "4"), tmp_path, finished[1] / "runs", threads=1
+    )
+    for run in other.runs()[:-1]:
+        searched(other, run, 1.0)
+    final = other.runs()[-1]
+    before = (other.folder(final) / "metrics.json").read_text()
+    record = execute(other.specification(final))
+    assert record["status"] == "failed" and "holds a run with other settings" in record["reason"]
+    assert (other.folder(final) / "metrics.json").read_text() == before
+
+
+def test_tokens_are_counted_to_the_last_step(finished, tmp_path):
+    """However seldom the training loss and the evaluations are logged."""
+    *_, records = finished
+    rare = ["--training.logging_steps", "100", "--training.eval_steps", "4", "--training.save_steps", "4"]
+    sweep = tiny_sweep(tmp_path, ("hkt",), (0,), *rare)
+    for run in sweep.runs()[:-1]:
+        searched(sweep, run, 1.0, Setting(**records["hkt", "final-seed0"]["setting"]))
+    record = execute(sweep.specification(sweep.runs()[-1]))
+    assert record["status"] == "finished", record["reason"]
+    assert record["tokens"] == records["hkt", "final-seed0"]["tokens"]
+
+
+def test_peers_have_the_tokenizer_and_the_padding_of_the_task(tmp_path):
+    """Nystromformer takes multiples of 64 tokens: at 100 its FLOPs are those of 128."""
+    tokenizer = build_tokenizer("listops", model_max_length=100)
+    tokenizer.add_tokens(["more", "words"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = ["--tokenizer.path", str(tmp_path / "tokenizer"), "--tokenizer.max_length", "100"]
+    sweep = tiny_sweep(tmp_path, ("nystromformer",), (0,), *words)
+    record = execute(sweep.specification(sweep.runs()[0]))
+    assert record["status"] == "finished", record["reason"]
+    model, own = build_arm("nystromformer", build_experiment(record["config"]), sweep.task)
+    assert record["flops"] == count_flops(model, 128) and len(own) == len(tokenizer)
+
+
+def test_records_of_other_data_are_refused(finished, tmp_path):
+    sweep, folder, _ = finished
+    shutil.copytree(folder / "results", tmp_path / "results")
+    path = tmp_path / "results/listops/cpu/hkt/final-seed1.json"
+    record = json.loads(path.read_text())
+    assert record["data_fingerprint"] == sweep.data_fingerprint
+    path.write_text(json.dumps(record | {"data_fingerprint": "0123456789abcdef"}))
+    with pytest.raises(
+        ValueError, match=r"final-seed1.json is of a run with other settings \(the data or the tokenizer\)"
+    ):
+        Sweep(sweep.protocol, tmp_path / "results", tmp_path / "runs", threads=1)
+    with pytest.raises(ValueError, match="are of different data or tokenizers"):
+        read_records(tmp_path / "results")
+
+
+def test_the_fingerprint_tells_data_and_tokenizers_apart():
+    def task(texts=("1 2", "2 1"), labels=(0, 1)):
+        rows = datasets.Dataset.from_dict({"text": list(texts), "label": list(labels)})
+        return TaskData(datasets.DatasetDict(test=rows), "single_label_classification", ["0", "1"], "bytes", "")
+
+    bytes_, longer = (build_tokenizer(kind, model_max_length=8) for kind in ("bytes", "listops"))
+    found = [
+        data_fingerprint(task(), bytes_),
+        data_fingerprint(task(texts=("3 2", "2 1")), bytes_),
+        data_fingerprint(task(labels=(1, 0)), bytes_),
+        data_fingerprint(task(), longer),
+    ]
+    assert len(set(found)) == 4 and data_fingerprint(task(), bytes_) == found[0]
 
 
 def test_a_failed_run_is_recorded_and_tried_again(tmp_path, monkeypatch):
