@@ -623,22 +623,26 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     assert f"is worth {convolution} ({interval})" in text
     kept, interval, p_value = gain("hkt (RoPE)", "flat-convolution (RoPE)")
     assert f"HKT keeps {kept} points ({interval}, {p_value}), {float(kept) / float(rope):.0%} of its gain" in text
+    hkt, short, plain = (accuracies(f"{name} (RoPE)") for name in ("hkt", "flat-convolution", "flat"))
+    rest = paired_difference([hkt[s] - short[s] for s in hkt], [short[s] - plain[s] for s in hkt])
+    assert f"kept less explained: {rest['mean']:+.2f}, {rest['low']:+.2f} to {rest['high']:+.2f}" in text
     sizes = [statistics.mean(accuracies(f"flat-wide-{what} (absolute)").values()) for what in ("parameters", "flops")]
     assert {f"{accuracy:.1f}" for accuracy in sizes} == {"42.3"} and "or FLOPs have 42.3% each" in text
     wide = [gain("hkt (absolute)", f"flat-wide-{what} (absolute)") for what in ("parameters", "flops")]
     assert f"HKT is {wide[0][0][1:]} and {wide[1][0][1:]} points ahead of them ({wide[0][1]}, {wide[1][1]})" in text
-    levels, flat, uniform = (
-        statistics.mean(accuracies(label).values())
-        for label in ("hkt-only-level-0 (RoPE)", "flat (RoPE)", "hkt-uniform-weights (RoPE)")
-    )
-    coarse = [statistics.mean(accuracies(f"hkt-only-level-{level} (RoPE)").values()) for level in (1, 2)]
+    single = [accuracies(f"hkt-only-level-{level} (RoPE)") for level in (0, 1, 2)]
+    uniform, seeds = accuracies("hkt-uniform-weights (RoPE)"), sorted(single[0])
+    levels = [f"{statistics.mean(runs.values()):.2f}%" for runs in single]
+    same = {name: statistics.mean(runs[seed] for seed in seeds) for name, runs in (("hkt", hkt), ("flat", plain))}
     shown = (
-        f"gives {levels:.2f}%, {coarse[0]:.2f}% and {coarse[1]:.2f}%, close to what flat attention has ({flat:.2f}%)"
+        f"gives {levels[0]}, {levels[1]} and {levels[2]}, close to what flat attention has ({same['flat']:.2f}% with"
     )
-    assert shown in text
-    trained = accuracies("hkt (RoPE)")
-    same_seeds = statistics.mean(trained[seed] for seed in accuracies("hkt-uniform-weights (RoPE)"))
-    assert f"give {uniform:.2f}%, what trained ones give ({same_seeds:.2f}% with the same seeds)" in text
+    assert f"{shown} the same seeds)" in text
+    lost = [paired_difference([hkt[s] for s in seeds], [runs[s] for s in seeds]) for runs in single]
+    assert "; ".join(f"{each['mean']:.2f}, {each['low']:+.2f} to {each['high']:+.2f}" for each in lost) in text
+    found = paired_difference([uniform[s] for s in seeds], [hkt[s] for s in seeds])
+    shown = f"give {statistics.mean(uniform.values()):.2f}%, trained ones {same['hkt']:.2f}% (difference {found['mean']:+.2f}, "
+    assert f"{shown}{found['low']:+.2f} to {found['high']:+.2f})" in text
     names = ("flat", "hkt-levels-2", "hkt", "hkt-levels-4")
     by_levels = [[accuracies(f"{name} (RoPE)")[seed] for seed in (0, 1, 2)] for name in names]
     assert all(low < high for few, more in itertools.pairwise(by_levels) for low, high in zip(few, more, strict=True))
@@ -662,7 +666,10 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
         statistics.mean(accuracies(label, "cifar10").values())
         for label in ("flat (RoPE)", "hkt (absolute)", "hkt (RoPE)")
     )
-    assert f"flat attention with them ({flat:.2f}%) is ahead of HKT without ({without:.2f}%)" in text
+    pixels, with_rope = accuracies("hkt (absolute)", "cifar10"), accuracies("flat (RoPE)", "cifar10")
+    found = paired_difference(list(with_rope.values()), [pixels[seed] for seed in with_rope])
+    shown = f"flat attention with them ({flat:.2f}%) is ahead of HKT without ({without:.2f}%; difference {found['mean']:+.2f}"
+    assert f"{shown}, {found['low']:+.2f} to {found['high']:+.2f})" in text
     assert f"and HKT with them has {both:.2f}%" in text
 
 
@@ -699,6 +706,9 @@ def test_the_figures_on_pretraining_are_those_of_the_records():
     )
     found = paired_difference(accuracies["hkt"], accuracies["flat"])
     assert f"is {found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, p {found['p_value']:.3f})" in text
+    welch = stats.ttest_ind(accuracies["hkt"], accuracies["flat"], equal_var=False)
+    interval = welch.confidence_interval()
+    assert f"gives {interval.low:+.2f} to {interval.high:+.2f}, p {welch.pvalue:.3f}" in text
     for name, shown in (("flat", "of the masked bytes right with flat attention"), ("hkt", "with HKT")):
         masked = sorted(run["pretraining"]["masked_accuracy"] for run in runs[name].values())
         assert f"{masked[0]:.1%} to {masked[-1]:.1%} {shown}" in text
