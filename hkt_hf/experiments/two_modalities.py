@@ -24,6 +24,7 @@ from ..environment import environment
 from ..files import replacing, write_json
 from ..modeling import HSAConfig, HSAForSequenceClassification, SignalTree
 from . import statistics
+from .arms import initialize_by_name
 
 
 matplotlib.use("Agg")
@@ -223,7 +224,6 @@ def _read(protocol: Protocol, data_path: str | None) -> dict[str, tuple[torch.Te
 
 
 def _train(protocol: Protocol, arm: str, seed: int, rate: float, splits, measured: str) -> dict[str, float]:
-    set_seed(seed)
     longest = protocol.side**2 + LONGEST_CAPTION
     fields = {"branching": [None], "sibling_positions": False} if arm == "flat" else {}
     config = HSAConfig(
@@ -231,6 +231,8 @@ def _train(protocol: Protocol, arm: str, seed: int, rate: float, splits, measure
         **{**protocol.model, **fields},
     )  # fmt: skip
     model = HSAForSequenceClassification(config).train()
+    initialize_by_name(model, seed)
+    set_seed(seed)  # dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, protocol.steps // 10, protocol.steps)
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """HSA's experiments at tiny sizes: what is measured, what is kept, and what is refused."""
 
 import json
+import math
 import runpy
 import sys
 from dataclasses import replace
@@ -155,6 +156,19 @@ def test_two_modalities_trains_every_arm_once(pictures, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="another protocol"):
         modalities.two_modalities(replace(protocol, steps=3), path, pictures)
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(pictures, tmp_path, monkeypatch):
+    def train(protocol, arm, seed, rate, splits, measured):
+        return {"loss": math.nan if rate > 1e-3 or arm == "modalities" else 1.0, "accuracy": 0.5}
+
+    monkeypatch.setattr(modalities, "_train", train)
+    sizes = {"steps": 1, "batch_size": 1, "num_train": 40, "num_validation": 20, "num_test": 20, "model": {}}
+    protocol = modalities.Protocol(16, ["flat"], [0], 100, [1e-2, 1e-3], **sizes)
+    final = modalities.two_modalities(protocol, tmp_path / "flat.json", pictures)["rows"][-1]
+    assert (final["stage"], final["learning_rate"]) == ("final", 1e-3)
+    with pytest.raises(ValueError, match="modalities diverged with each of them"):
+        modalities.two_modalities(replace(protocol, arms=["modalities"]), tmp_path / "other.json", pictures)
 
 
 @pytest.mark.parametrize(
