@@ -17,6 +17,8 @@ from ..modeling.tree_hsa import SignalTree
 ATTENTION_NAME = "hsa"
 CONFIG_KEY = "hsa"
 DEFAULT_BRANCHING = (16, None)
+ADDITIVE_MASKED = -1e4
+"""An additive mask hides a token by this or less: models and users write -10000, the least number of a dtype or minus infinity."""
 TreeBuilder = Callable[[torch.Tensor], SignalTree]
 
 
@@ -66,7 +68,8 @@ def hsa_attention(
         module (`nn.Module`): the attention module; where nothing was injected, all layers of a model with
             `attn_implementation="hsa"` use the default trees.
         query, key, value (`torch.Tensor`): `(B, H, N, d)`.
-        attention_mask (`torch.Tensor`, *optional*): `(B, 1, 1, N)` bool, True = real, from [`hsa_mask`].
+        attention_mask (`torch.Tensor`, *optional*): `(B, 1, 1, N)` bool, True = real, from [`hsa_mask`], or what a caller of the
+            model gave instead, as [`key_mask`] takes it.
         scaling (`float`, *optional*): factor of the scores.
         dropout (`float`, *optional*, defaults to 0.0): of the output of HSA (ours; the paper has none).
 
@@ -74,8 +77,10 @@ def hsa_attention(
         `tuple[torch.Tensor, None]`: `(B, N, H, d)`; HSA has no attention weights to give.
 
     Raises:
-        ValueError: a model that was not injected, from a checkpoint that says how it was.
+        ValueError: a model that was not injected, from a checkpoint that says how it was, or a chosen module whose attention is
+            causal or whose mask hides more than padding.
     """
+    is_causal = kwargs.pop("is_causal", None)
     if "_hsa" in module.__dict__:
         choice = module.__dict__["_hsa"]
     elif getattr(module.config, CONFIG_KEY, None) is None:
@@ -85,12 +90,9 @@ def hsa_attention(
             "`attn_implementation='hsa'` can't be given for a checkpoint that was saved with an injection: "
             "`hkt_hf.hsa.load` reads it"
         )
-    if choice is None or (attention_mask is not None and attention_mask.shape[-2] != 1):
-        kwargs.pop("is_causal", None)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=False, **kwargs
-        )
-    mask = None if attention_mask is None else attention_mask[:, 0, 0]
+    if choice is None:
+        return own_attention(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
+    mask = key_mask(module, attention_mask, is_causal, len(query))
     output = choice.attend(query, key, value, mask, scaling)
     return F.dropout(output, dropout, module.training).transpose(1, 2), None
 
@@ -106,9 +108,11 @@ def hsa_mask(
 ) -> torch.Tensor | None:
     """The mask for [`hsa_attention`]: `(B, 1, 1, N)` where nothing but padding is masked, transformers' own elsewhere.
 
-    A sequence without any real token attends everywhere, so that no kernel divides by zero.
+    A sequence without any real token attends everywhere, so that no kernel divides by zero. `None` says that nothing is masked,
+    never that a kernel is to be causal or that a window is wide enough: both are written out.
     """
     if mask_function is not bidirectional_mask_function:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(
             batch_size,
             q_length,
@@ -120,8 +124,78 @@ def hsa_mask(
         )
     if attention_mask is None or bool(attention_mask.all()):
         return None
-    real = attention_mask.bool()
-    return (real | ~real.any(1, keepdim=True))[:, None, None, :]
+    return _or_everywhere(attention_mask.bool())[:, None, None, :]
+
+
+def own_attention(
+    module, query, key, value, attention_mask, scaling, dropout, is_causal: bool | None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """The attention of a module without HSA, by PyTorch: as [`hsa_attention`], with the mask of [`hsa_mask`]."""
+    return sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        is_causal=bool(is_causal),
+        **kwargs,
+    )
+
+
+def key_mask(
+    module: nn.Module, attention_mask: torch.Tensor | None, is_causal: bool | None, batch_size: int
+) -> torch.Tensor | None:
+    """Which tokens are real, for HSA.
+
+    Args:
+        module (`nn.Module`): the attention module.
+        attention_mask (`torch.Tensor`, *optional*): `(B or 1, H or 1, N or 1, N)`: bool, True = seen, or additive, of 0 and of
+            numbers of at most -10000. Rows of tokens that no row sees are not read.
+        is_causal (`bool`, *optional*): what the model says of this call; by default what the module says of itself.
+        batch_size (`int`): `B`.
+
+    Returns:
+        `torch.Tensor` or `None`: bool `(B, N)`, all True for a sequence without a real token; `None` where nothing is masked.
+
+    Raises:
+        ValueError: causal attention, a mask of another dtype or with other numbers, or one that hides more than padding.
+    """
+    name = type(module).__name__
+    if getattr(module, "is_causal", False) if is_causal is None else is_causal:
+        raise ValueError(f"`model` must be an encoder: the attention of {name} is causal, which HSA can't serve")
+    if attention_mask is None:
+        return None
+    if attention_mask.is_floating_point():
+        seen = attention_mask == 0
+        if bool((~seen & (attention_mask > ADDITIVE_MASKED)).any()):
+            raise ValueError(
+                "`attention_mask` must be bool, or additive of 0 and numbers of at most -10000, got others: HSA can't add "
+                f"to the scores of {name}"
+            )
+    elif attention_mask.dtype == torch.bool:
+        seen = attention_mask
+    else:
+        raise ValueError(
+            f"`attention_mask` with 4 dimensions must be bool or floating-point, got {attention_mask.dtype}"
+        )
+    real = seen.any(2).any(1)
+    if seen.shape[1] * seen.shape[2] > 1:
+        differ = seen != real[:, None, None, :]
+        if seen.shape[2] == seen.shape[3]:
+            differ = differ & real[:, None, :, None]
+        if bool(differ.any()):
+            raise ValueError(
+                f"`attention_mask` must hide the same tokens from every token (padding), got one for {name} with rows that "
+                "differ, as those of causal attention do: HSA can't serve it"
+            )
+    return _or_everywhere(real).expand(batch_size, -1)
+
+
+def _or_everywhere(real: torch.Tensor) -> torch.Tensor:
+    """A mask `(B, N)`, all True for a sequence without a real token."""
+    return real | ~real.any(1, keepdim=True)
 
 
 @dataclass(frozen=True)

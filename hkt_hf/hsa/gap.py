@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..modeling.attention_hsa import hsa_energy
 from .attention import (
@@ -16,6 +15,8 @@ from .attention import (
     attention_modules,
     has_window,
     hsa_mask,
+    key_mask,
+    own_attention,
     real_first,
     reorder,
 )
@@ -61,13 +62,11 @@ def gap_report(
     layer_of = {id(module): layer for layer, module in modules.items()}
 
     def probe(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-        layer = layer_of[id(module)]
+        layer, is_causal = layer_of[id(module)], kwargs.pop("is_causal", None)
         if not has_window(module):
-            found[layer] = _gaps(choice, query, key, attention_mask, scaling, num_rows, generator)
-        kwargs.pop("is_causal", None)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=False, **kwargs
-        )
+            mask = key_mask(module, attention_mask, is_causal, len(query))
+            found[layer] = _gaps(choice, query, key, mask, scaling, num_rows, generator)
+        return own_attention(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
 
     with _attending_by(model, probe), torch.no_grad():
         model(**batch)
@@ -91,12 +90,11 @@ def _attending_by(model: PreTrainedModel, function):
         model.train(was_training)
 
 
-def _gaps(choice, query, key, attention_mask, scaling, num_rows: int, generator) -> torch.Tensor:
+def _gaps(choice, query, key, mask, scaling, num_rows: int, generator) -> torch.Tensor:
     """Mean gap of each head, `(H,)` float64."""
     query, key = query.double(), key.double()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch_size, heads, length, _ = query.shape
-    mask = None if attention_mask is None else attention_mask[:, 0, 0]
     order = None if mask is None else real_first(mask)
     if order is not None:
         query, key = reorder(query, order), reorder(key, order)

@@ -74,6 +74,8 @@ def inject(
     Raises:
         ValueError: a decoder or another model that can't be served (the message says why), one that is injected already, a bad
             branching, a layer out of range or with a sliding window, or `layers="auto"` without a batch. The model is then as it was.
+            Causal attention that only shows when the model runs (the text model of CLIP), and a mask that hides more than
+            padding, are refused by the forward pass, in `layers="auto"` and later.
         TypeError: `model` is no `PreTrainedModel`.
     """
     modules = attention_modules(model)

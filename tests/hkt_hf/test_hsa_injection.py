@@ -11,9 +11,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     CamembertConfig,
+    CLIPTextConfig,
+    CLIPTextModel,
     DistilBertConfig,
     ElectraConfig,
     GPT2Config,
+    LlamaConfig,
     ModernBertConfig,
     RobertaConfig,
     T5Config,
@@ -128,6 +131,94 @@ def test_masked_tokens_between_real_ones_are_as_if_they_were_not_there(masks):
         for row, real in enumerate(mask.bool()):
             alone = model.bert(input_ids=ids[row : row + 1, real]).last_hidden_state[0]
             torch.testing.assert_close(together[row, real], alone, rtol=0, atol=1e-5)
+
+
+def additive(mask):
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize(
+    "expand",
+    [
+        lambda real: real[:, None, None, :],
+        lambda real: additive(real[:, None, None, :]),
+        lambda real: real[:, None, None, :].expand(-1, 4, 23, -1),
+        lambda real: additive(real[:, None, None, :].expand(-1, -1, 23, -1)),
+        lambda real: real[:, None, None, :] & real[:, None, :, None],
+    ],
+)
+def test_a_mask_with_four_dimensions_is_read_as_padding(expand):
+    model, batch = encoder(), batch_of()
+    gaps = gap_report(model, batch, tree=(4, None))
+    inject(model, tree=(4, None), layers="all")
+    expected = logits(model, **batch)
+    batch["attention_mask"] = expand(batch["attention_mask"].bool())
+    torch.testing.assert_close(logits(model, **batch), expected, rtol=0, atol=1e-6)
+    restore(model)
+    found = gap_report(model, batch, tree=(4, None))
+    assert [entry["gap"] for entry in found] == pytest.approx([entry["gap"] for entry in gaps], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.ones(23, 23).tril().bool(), "must hide the same tokens from every token"),
+        (torch.block_diag(torch.ones(9, 9), torch.ones(14, 14)).bool(), "must hide the same tokens from every token"),
+        (-torch.arange(23.0)[None], "additive of 0 and numbers of at most -10000"),
+        (torch.ones(1, 23).long(), "must be bool or floating-point, got torch.int64"),
+    ],
+)
+def test_masks_of_more_than_padding_are_refused(mask, message):
+    model, batch = encoder(), batch_of() | {"attention_mask": mask.expand(3, 1, -1, -1)}
+    with pytest.raises(ValueError, match=message):
+        gap_report(model, batch)
+    inject(model, layers=[0])
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+def clip_text():
+    """Says that its modules are not causal, and is: by its mask and a keyword."""
+    config = CLIPTextConfig(
+        vocab_size=60, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=32
+    )
+    return CLIPTextModel(config).eval()
+
+
+@pytest.mark.parametrize("lengths", [(23, 23), (23, 9)])
+def test_causal_attention_is_refused_when_it_shows(lengths):
+    model, batch = clip_text(), batch_of(lengths)
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state
+    with pytest.raises(ValueError, match="the attention of CLIPAttention is causal"):
+        inject(model, layers="auto", batch=batch)
+    assert not is_injected(model)
+    inject(model, layers=[1])
+    with pytest.raises(ValueError, match="the attention of CLIPAttention is causal"):
+        model(**batch)
+    with torch.no_grad():
+        assert torch.equal(restore(model)(**batch).last_hidden_state, before)
+
+
+def test_decoders_are_refused_by_name_too():
+    gpt = GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    llama = LlamaConfig(**SIZES)
+    for config in (gpt, llama):
+        model = AutoModel.from_config(config, attn_implementation="hsa")
+        for length in (1, 9):
+            with pytest.raises(ValueError, match="causal, which HSA can't serve"):
+                model(input_ids=torch.ones(1, length).long())
+
+
+def test_causal_masks_are_written_out_for_modules_without_hsa():
+    """No kernel is asked to be causal: `None` is for masks that hide nothing."""
+    model, batch = clip_text(), batch_of((23, 23))
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state
+        model.set_attn_implementation("hsa")
+        for module in model.modules():
+            module.__dict__["_hsa"] = None
+        torch.testing.assert_close(model(**batch).last_hidden_state, before, rtol=0, atol=1e-5)
 
 
 def test_only_the_chosen_layers_change():
