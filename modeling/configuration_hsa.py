@@ -49,7 +49,8 @@ class HSAConfig(PreTrainedConfig):
         sibling_positions (`bool`, *optional*, defaults to `True`):
             Trained vectors of the place of a node among its siblings, whose products are added to the scores.
         num_tree_levels (`int`, *optional*, defaults to 4):
-            Levels with such vectors of their own; those above share the last.
+            Levels with such vectors of their own; those above share the last. The runs of a split segment have those of the
+            level that was split.
         position_embedding_type (`str`, *optional*, defaults to `"absolute"`):
             Of the tokens in the whole sequence: `"absolute"` (trained, added to the embeddings), `"rope"` (queries and keys of
             tokens are rotated, means are of rotated ones) or `"none"`.

@@ -4,6 +4,7 @@
 import itertools
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +55,15 @@ class HSASiblingPositions(nn.Module):
             )
         )
 
-    def forward(self, sizes: list[int]) -> list[torch.Tensor]:
-        """Vectors `(H, size, 2 * frequencies)` of each level, for families of at most these sizes."""
+    def forward(self, sizes: Sequence[int], levels: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Vectors `(H, size, 2 * frequencies)` for families of at most these sizes, one size a level of the tree.
+
+        `levels` are the tree's `unsplit_levels`, which choose the amplitudes: runs of a large family have those of the family.
+        """
         device = self.amplitude.device
         frequencies = 1e4 ** -(torch.arange(self.num_frequencies, device=device) / self.num_frequencies)
         vectors = []
-        for level, size in enumerate(sizes):
+        for level, size in zip(range(len(sizes)) if levels is None else levels, sizes, strict=True):
             angles = torch.arange(size, device=device)[:, None] * frequencies
             amplitude = self.amplitude[min(level, self.num_levels - 1)][:, None].float()
             vectors.append(torch.cat([amplitude * angles.cos(), amplitude * angles.sin()], dim=-1))
@@ -131,7 +135,7 @@ class HSAAttention(nn.Module):
         sizes = [int(family.max()) if len(family) else 1 for family in tree.family_sizes()]
         if tree.branching is not None:
             sizes = [max(size, factor or 1) for size, factor in zip(sizes, tree_levels(tree), strict=True)]
-        return self.sibling_positions(sizes)
+        return self.sibling_positions(sizes, tree.unsplit_levels)
 
 
 class HSALayer(GradientCheckpointingLayer):

@@ -47,6 +47,9 @@ class SignalTree:
             node, int64 `(nodes,)`, ascending.
         order (`torch.Tensor`, *optional*): of any other tree, the position `b * N + i` in the padded batch of each leaf, int64
             `(leaves,)`.
+        unsplit_levels (sequence of `int`, *optional*): for each level below the roots its index before large families were
+            split, ascending: a level that a split has put in has the index of the level whose families it splits, so that
+            the large families of one sequence do not move the levels of the others. By default no family was split.
     """
 
     def __init__(
@@ -57,12 +60,15 @@ class SignalTree:
         branching: Sequence[int | None] | None = None,
         parents: Sequence[torch.Tensor] | None = None,
         order: torch.Tensor | None = None,
+        unsplit_levels: Sequence[int] | None = None,
     ):
         self.lengths = lengths
         self.size = size
         self.branching = None if branching is None else tuple(branching)
         self._parents = None if parents is None else tuple(parents)
         self._order = order
+        depth = len(self.branching or self._parents)
+        self.unsplit_levels = tuple(range(depth) if unsplit_levels is None else unsplit_levels)
 
     @classmethod
     def regular(
@@ -167,7 +173,8 @@ class SignalTree:
         if size < longest:
             raise ValueError(f"`size` must be at least the longest sequence, {longest}, got {size}")
         order = torch.tensor(rows) * size + torch.tensor(leaves)
-        return cls(lengths, size, parents=_split_families(parents, max_family_size), order=order)
+        parents, levels = _split_families(parents, max_family_size)
+        return cls(lengths, size, parents=parents, order=order, unsplit_levels=levels)
 
     @classmethod
     def from_grid(
@@ -224,20 +231,21 @@ class SignalTree:
         if len(sizes) > 1:
             raise ValueError(f"`trees` must be of one batch size and device, got {sorted(map(str, sizes))}")
         batch_size, size = trees[0].batch_size, sum(tree.size for tree in trees)
-        depth = max(len(tree.parents) for tree in trees)
+        # What was split is beside what was not: each level has as many as the tree that split it most often.
+        levels = sorted(set().union(*(tree.unsplit_levels for tree in trees)))
+        levels = [level for level in levels for _ in range(max(tree.unsplit_levels.count(level) for tree in trees))]
         positions, tables, offset = [], [], 0
         for index, tree in enumerate(trees):
             rows = tree.order // tree.size
             positions.append(rows * size + offset + tree.order % tree.size)
-            ancestors = tree.ancestors()
             # Roots become nodes; above those of the shallower trees stand nodes with one child.
-            table = [*ancestors, *[ancestors[-1]] * (depth - len(ancestors))]
-            tables.append([column * len(trees) + index for column in table])
+            tables.append([column * len(trees) + index for column in tree._ancestors_at(levels)])
             offset += tree.size
         positions = torch.cat(positions)
         columns = [torch.cat(parts) for parts in zip(*tables, strict=True)]
         index = (positions // size).argsort(stable=True)
-        return cls._assemble(positions[index], [column[index] for column in columns], batch_size, size, None)
+        columns = [column[index] for column in columns]
+        return cls._assemble(positions[index], columns, batch_size, size, None, [*levels, levels[-1] + 1])
 
     @classmethod
     def _assemble(
@@ -247,6 +255,7 @@ class SignalTree:
         batch_size: int,
         size: int,
         max_family_size: int | None,
+        unsplit_levels: Sequence[int] | None = None,
     ) -> "SignalTree":
         """A tree of leaves in tree order.
 
@@ -255,6 +264,7 @@ class SignalTree:
             columns (sequence of `torch.Tensor`): from fine to coarse, without the roots, a name of the node that each leaf is
                 in; neighbours with different names, or in different coarser nodes, are in different nodes.
             batch_size, size, max_family_size (`int`): as above.
+            unsplit_levels (sequence of `int`, *optional*): as above, where there is no `max_family_size`.
         """
         rows = positions // size if size else positions
         starts = _changes(rows)
@@ -268,7 +278,9 @@ class SignalTree:
             first_leaves = firsts
         parents.append(rows[first_leaves])
         lengths = torch.bincount(rows, minlength=batch_size)
-        return cls(lengths, size, parents=_split_families(parents, max_family_size), order=positions)
+        if max_family_size is not None:
+            parents, unsplit_levels = _split_families(parents, max_family_size)
+        return cls(lengths, size, parents=parents, order=positions, unsplit_levels=unsplit_levels)
 
     @property
     def batch_size(self) -> int:
@@ -330,6 +342,15 @@ class SignalTree:
             found.append(nodes)
         return found
 
+    def _ancestors_at(self, levels: Sequence[int]) -> list[torch.Tensor]:
+        """[`SignalTree.ancestors`] at levels that have each of `unsplit_levels` at least as often as the tree, ascending."""
+        found, ancestors, below = [], self.ancestors(), -1
+        for level in levels:
+            if below + 1 < len(ancestors) and self.unsplit_levels[below + 1] <= level:
+                below += 1
+            found.append(ancestors[below])
+        return found
+
     def family_sizes(self) -> list[torch.Tensor]:
         """Number of children of each node that has some, at each level from the leaves up."""
         return [torch.unique_consecutive(parents, return_counts=True)[1] for parents in self.parents]
@@ -345,6 +366,7 @@ class SignalTree:
             branching=self.branching,
             parents=None if self._parents is None else tuple(map(move, self._parents)),
             order=move(self._order),
+            unsplit_levels=self.unsplit_levels,
         )
 
     def nested(self) -> list[Any]:
@@ -528,15 +550,16 @@ def _check_positions(row: int, leaves: list[int], length: int) -> None:
             )
 
 
-def _split_families(parents: Sequence[torch.Tensor], max_family_size: int | None) -> list[torch.Tensor]:
-    """Put nodes of their own between families that are too large and their parent."""
+def _split_families(
+    parents: Sequence[torch.Tensor], max_family_size: int | None
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Put nodes of their own between families that are too large and their parent; also the `unsplit_levels`."""
     if max_family_size is None:
-        return list(parents)
+        return list(parents), list(range(len(parents)))
     if max_family_size < 2:
         raise ValueError(f"`max_family_size` must be at least 2, got {max_family_size}")
-    result = []
-    for level_parents in parents:
-        current = level_parents
+    result, levels = [], []
+    for level, current in enumerate(parents):
         while len(current):
             nodes, node, counts = torch.unique_consecutive(current, return_inverse=True, return_counts=True)
             if int(counts.max()) <= max_family_size:
@@ -546,9 +569,11 @@ def _split_families(parents: Sequence[torch.Tensor], max_family_size: int | None
             run = slot * runs[node] // counts[node]
             names = (runs.cumsum(0) - runs)[node] + run
             result.append(names)
+            levels.append(level)
             current = nodes.repeat_interleave(runs)
         result.append(current)
-    return result
+        levels.append(level)
+    return result, levels
 
 
 def _group(parents: torch.Tensor, num_parents: int) -> TreeLevel:

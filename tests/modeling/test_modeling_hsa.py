@@ -56,6 +56,26 @@ def test_segments_are_the_tree():
         assert (nested - by_rule).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("num_tree_levels", [1, 2, 4])
+@pytest.mark.parametrize("width, max_family_size", [(12, 8), (36, 3)])
+def test_large_families_of_others_in_the_batch_change_nothing(width, max_family_size, num_tree_levels):
+    """A family is split once or several times: the levels that this puts in move no level of another sequence."""
+    model = model_of(max_family_size=max_family_size, num_tree_levels=num_tree_levels)
+    input_ids = torch.randint(5, 40, (2, 36))
+    place = torch.arange(36)
+    sentences = torch.stack([place // 2, place // width])
+    paragraphs = torch.stack([place // 6, place // 36])
+    segment_ids = torch.stack([sentences, paragraphs], dim=1)
+    tree = SignalTree.from_segments([sentences, paragraphs], max_family_size=max_family_size)
+    assert len(tree.parents) > 3
+    with torch.no_grad():
+        together = model(input_ids, segment_ids=segment_ids).logits
+        for row in range(2):
+            rows = slice(row, row + 1)
+            alone = model(input_ids[rows], segment_ids=segment_ids[rows]).logits
+            torch.testing.assert_close(together[rows], alone, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("branching", [2, [2, None], [3]])
 def test_pictures_are_quadtrees(branching):
     model = model_of(branching=branching, tree_layout="square")

@@ -97,6 +97,24 @@ def test_large_families_are_split(seed, length, cap):
     assert runs[0].tolist() == [3, 3, 3, 2]  # of about one size
 
 
+def test_levels_that_a_split_puts_in_are_of_the_level_they_split():
+    wide, narrow = [[list(range(9)), [9]]], [[[0, 1], [2]]]
+    assert SignalTree.regular([9], (3, None)).unsplit_levels == (0, 1)
+    assert SignalTree.from_nested(narrow, max_family_size=2).unsplit_levels == (0, 1)
+    split = SignalTree.from_nested(wide, max_family_size=2)
+    assert split.unsplit_levels == (0, 0, 0, 0, 1)  # 9 tokens in 5 runs, in 3, in 2
+    assert split.to("meta").unsplit_levels == split.unsplit_levels
+    segments = torch.tensor([[0] * 9 + [1]])
+    assert SignalTree.from_segments(segments, max_family_size=2).unsplit_levels == split.unsplit_levels
+    other = SignalTree.from_nested(narrow)
+    for trees in ([split, other], [other, split]):
+        joined = SignalTree.join(trees)
+        assert joined.unsplit_levels == (0, 0, 0, 0, 1, 2)
+        # The families of the tree that was not split are at the levels they had.
+        sizes = [counts.tolist() for counts in joined.family_sizes()]
+        assert sizes[0].count(2) == 5 and sizes[4] == [2, 2] and sizes[5] == [2]
+
+
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 200))
 def test_families_hold_every_node_once(seed, length):
     tree = SignalTree.from_nested([random_nested(np.random.default_rng(seed), length), [0]])
