@@ -125,6 +125,8 @@ def _family_scores(query, key, counts, phi, eps, self_loop: bool, scale: float) 
     scores = scale * query @ key.transpose(-1, -2)
     if eps is not None:
         positions = eps[..., : scores.shape[-1], :]
+        # A family may have more places than any has children: the padding of a regular tree, which gets no weight.
+        positions = F.pad(positions, (0, 0, 0, scores.shape[-1] - positions.shape[-2]))
         scores = scores + (positions @ positions.transpose(-1, -2)).unsqueeze(-3)
     bias = torch.where(counts > 0, counts.clamp_min(1).log(), MASKED)
     scores = scores + bias.unsqueeze(-2)

@@ -579,10 +579,12 @@ def _split_families(
 def _group(parents: torch.Tensor, num_parents: int) -> TreeLevel:
     """The families of a level; those of similar size together where one width for all would waste much."""
     num_nodes, device = len(parents), parents.device
+    if num_parents == 0:
+        return TreeLevel((parents.view(0, 1),), parents, parents)
     counts = torch.bincount(parents, minlength=num_parents)
     slot = torch.arange(num_nodes, device=device) - (counts.cumsum(0) - counts)[parents]
     size_class = counts.clamp_min(1).double().log2().ceil().long()
-    together = num_parents * int(counts.max()) ** 2 if num_parents else 0
+    together = num_parents * int(counts.max()) ** 2
     if together <= 2 * int((4**size_class).sum()):
         size_class = torch.zeros_like(size_class)
     children, slots = [], torch.empty(num_nodes, dtype=torch.long, device=device)

@@ -107,6 +107,26 @@ def test_a_batch_of_unequal_lengths_is_each_alone(seed, lengths):
             assert (output[row, :, length:] == 0).all()
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_positions_are_needed_of_as_many_siblings_as_there_are(is_causal):
+    """Not of the padding, which takes places in the last family of a regular tree."""
+    tree, short = SignalTree.regular([9, 5], (3, None), size=20), SignalTree.regular([9, 5], (3, None))
+    tensors = states(tree)
+    eps = [torch.randn(2, 3, 3, dtype=torch.double) for _ in range(2)]
+    found = hierarchical_self_attention(*tensors, tree, eps=eps, is_causal=is_causal)
+    expected = hierarchical_self_attention(*(each[:, :, :9] for each in tensors), short, eps=eps, is_causal=is_causal)
+    torch.testing.assert_close(found[:, :, :9], expected, rtol=0, atol=1e-12)
+    assert (found[:, :, 9:] == 0).all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6), (0, 6), (2, 0)])
+def test_trees_without_a_leaf_give_zeros(shape, is_causal):
+    tree = SignalTree.from_segments(torch.zeros(shape).long(), torch.zeros(shape))
+    output = hierarchical_self_attention(*states(tree), tree, is_causal=is_causal)
+    assert output.shape == (shape[0], 2, shape[1], 3) and (output == 0).all()
+
+
 def flat_log_sums(query, key, scale):
     """`log Z_i` of flat attention, and its scores."""
     scores = scale * query @ key.transpose(-1, -2)

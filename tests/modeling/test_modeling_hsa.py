@@ -56,6 +56,27 @@ def test_segments_are_the_tree():
         assert (nested - by_rule).abs().max() > 1e-4
 
 
+@each_positions
+@pytest.mark.parametrize("branching", [[16, None], [None], [2, 2, None]])
+def test_padding_beyond_the_longest_sequence_changes_nothing(branching, positions):
+    model = model_of(branching=branching, position_embedding_type=positions)
+    input_ids, mask = right_padded_batch([23, 15], 23)
+    with torch.no_grad():
+        expected = model(input_ids, mask).logits
+        for size in (32, 64):
+            padded = [torch.nn.functional.pad(tensor, (0, size - 23)) for tensor in (input_ids, mask)]
+            torch.testing.assert_close(model(*padded).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("segment_ids", [None, torch.zeros(2, 1, 9).long()])
+def test_a_batch_without_a_real_token_has_finite_results_and_gradients(segment_ids):
+    model = model_of().train()
+    logits = model(torch.ones(2, 9).long(), torch.zeros(2, 9).long(), segment_ids=segment_ids).logits
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    assert all(each.grad.isfinite().all() for each in model.parameters() if each.grad is not None)
+
+
 @pytest.mark.parametrize("num_tree_levels", [1, 2, 4])
 @pytest.mark.parametrize("width, max_family_size", [(12, 8), (36, 3)])
 def test_large_families_of_others_in_the_batch_change_nothing(width, max_family_size, num_tree_levels):
