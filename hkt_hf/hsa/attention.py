@@ -65,7 +65,7 @@ def hsa_attention(
     """The attention function of the name `"hsa"`: HSA where the module has been chosen, PyTorch's attention elsewhere.
 
     Args:
-        module (`nn.Module`): the attention module; where nothing was injected, all layers of a model with
+        module (`nn.Module`): the attention module; where nothing was injected, all layers without a window of a model with
             `attn_implementation="hsa"` use the default trees.
         query, key, value (`torch.Tensor`): `(B, H, N, d)`.
         attention_mask (`torch.Tensor`, *optional*): `(B, 1, 1, N)` bool, True = real, from [`hsa_mask`], or what a caller of the
@@ -84,7 +84,7 @@ def hsa_attention(
     if "_hsa" in module.__dict__:
         choice = module.__dict__["_hsa"]
     elif getattr(module.config, CONFIG_KEY, None) is None:
-        choice = LayerChoice(DEFAULT_BRANCHING, None, ())
+        choice = None if has_window(module) else LayerChoice(DEFAULT_BRANCHING, None, ())
     else:
         raise ValueError(
             "`attn_implementation='hsa'` can't be given for a checkpoint that was saved with an injection: "

@@ -313,14 +313,14 @@ def test_what_a_function_gave_can_not_be_loaded(tmp_path):
         load(tmp_path)
 
 
-def test_as_attention_implementation():
-    """All layers, default trees."""
-    model, batch = encoder(), batch_of()
-    model.set_attn_implementation("hsa")
-    found = logits(model, **batch)
-    other = encoder()
-    inject(other, layers="all", exact_tokens=())
-    assert torch.equal(found, logits(other, **batch))
+@each_family
+def test_as_attention_implementation(family):
+    """All layers without a window, default trees; also where the whole sequence is within the window."""
+    by_name, injected = encoder(family), encoder(family)
+    by_name.set_attn_implementation("hsa")
+    inject(injected, layers="all", exact_tokens=())
+    for batch in (batch_of(), batch_of((23, 23)), batch_of((5, 5), 5), batch_of((5, 3), 5)):
+        assert torch.equal(logits(by_name, **batch), logits(injected, **batch))
 
 
 def test_a_saved_choice_is_not_read_as_another(tmp_path):
