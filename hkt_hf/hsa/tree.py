@@ -52,7 +52,8 @@ def text_segments(
 
     Returns:
         `tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]`: ids of sentences and of paragraphs, the attention mask and the
-        token ids, int64 `(B, N)` each. Each special token is a sentence and a paragraph of its own.
+        token ids, int64 `(B, N)` each. A token is in the segment of its first character that is no whitespace; each special
+        token is a sentence and a paragraph of its own.
 
     Raises:
         ValueError: no text, or a tokenizer that has no offsets.
@@ -76,13 +77,22 @@ def text_segments(
     paragraphs = torch.full_like(encoded["input_ids"], -1)
     for row, text in enumerate(texts):
         starts = {"sentence": sentence_starts(text), "paragraph": paragraph_starts(text)}
-        first_characters = encoded["offset_mapping"][row, :, 0].contiguous()
+        offsets = encoded["offset_mapping"][row].tolist()
+        first_characters = torch.tensor([first_character(text, start, end) for start, end in offsets])
         for ids, name in ((sentences, "sentence"), (paragraphs, "paragraph")):
             ids[row] = torch.searchsorted(torch.tensor(starts[name]), first_characters, right=True)
         special = encoded["special_tokens_mask"][row].bool()
         alone = -1 - torch.arange(int(special.sum()))
         sentences[row, special], paragraphs[row, special] = alone, alone
     return [sentences, paragraphs], encoded["attention_mask"], encoded["input_ids"]
+
+
+def first_character(text: str, start: int, end: int) -> int:
+    """Where the first character of a token stands that is no whitespace; the last of a token that is nothing else.
+
+    Byte-level tokenizers give a word the space before it, which belongs to the sentence before.
+    """
+    return max(start, min(end - len(text[start:end].lstrip()), end - 1))
 
 
 def sentence_starts(text: str, language: str = "en") -> list[int]:

@@ -6,11 +6,12 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import randomize
-from transformers import AutoTokenizer, ByT5Tokenizer, Trainer, TrainingArguments
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hkt_hf import HSAConfig, HSAForSequenceClassification
 from hkt_hf.hsa import SegmentCollator, SignalTree, tokenize_with_segments
-from hkt_hf.hsa.tree import PARAGRAPH_BREAK, paragraph_starts, sentence_starts
+from hkt_hf.hsa.tree import PARAGRAPH_BREAK, paragraph_starts, sentence_starts, text_segments
 
 
 TEXTS = ["I saw it twice. Dr. Smith was great!\n\nNew paragraph here? Yes.", "Short."]
@@ -81,6 +82,32 @@ def test_trees_of_texts(tokenizer):
     assert short.lengths.tolist() == [9, 4]
     split = SignalTree.from_text(["word " * 100], tokenizer, max_family_size=16)
     assert int(split.family_sizes()[0].max()) <= 16
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_a_byte_level_token_is_in_the_sentence_of_its_word(trims):
+    """Not in that of the space before the word, which is part of the token."""
+    text = "It began well.  It did not end well. \n\n Still fine. Yes."
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["[PAD]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([text] * 9, trainer)
+    if trims:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=99)
+    (sentences, paragraphs), _, input_ids = text_segments([text], tokenizer)
+    for found, expected in (
+        (sentences[0], ["It began well.", "It did not end well.", "Still fine.", "Yes."]),
+        (paragraphs[0], ["It began well.  It did not end well.", "Still fine. Yes."]),
+    ):
+        words = [tokenizer.decode(input_ids[0, found == name]).strip() for name in found.unique()]
+        assert words == expected
 
 
 def test_texts_that_can_not_be_used(tokenizer):
