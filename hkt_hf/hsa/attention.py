@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from ..modeling.attention_hsa import hierarchical_self_attention
@@ -67,7 +67,7 @@ def hsa_attention(
     Args:
         module (`nn.Module`): the attention module; where nothing was injected, all layers without a window of a model with
             `attn_implementation="hsa"` use the default trees.
-        query, key, value (`torch.Tensor`): `(B, H, N, d)`.
+        query, key, value (`torch.Tensor`): `(B, H, N, d)`; key and value may have fewer heads, of which each serves a group.
         attention_mask (`torch.Tensor`, *optional*): `(B, 1, 1, N)` bool, True = real, from [`hsa_mask`], or what a caller of the
             model gave instead, as [`key_mask`] takes it.
         scaling (`float`, *optional*): factor of the scores.
@@ -93,6 +93,7 @@ def hsa_attention(
     if choice is None:
         return own_attention(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
     mask = key_mask(module, attention_mask, is_causal, len(query))
+    key, value = for_each_head(key, query), for_each_head(value, query)
     output = choice.attend(query, key, value, mask, scaling)
     return F.dropout(output, dropout, module.training).transpose(1, 2), None
 
@@ -142,6 +143,11 @@ def own_attention(
         is_causal=bool(is_causal),
         **kwargs,
     )
+
+
+def for_each_head(states: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values `(B, K, N, e)` of groups of heads as those of each of the `H` heads of a query: `(B, H, N, e)`."""
+    return repeat_kv(states, query.shape[1] // states.shape[1])
 
 
 def key_mask(

@@ -13,6 +13,7 @@ from .attention import (
     LayerChoice,
     TreeBuilder,
     attention_modules,
+    for_each_head,
     has_window,
     hsa_mask,
     key_mask,
@@ -48,6 +49,7 @@ def gap_report(
 
     Returns:
         `list[dict]`: one for each layer without a sliding window: `layer`, `gap` (nats, mean over sequences and heads) and `by_head`.
+            A layer whose weights are used in several passes (ALBERT) is one layer, with the sum of the gaps of its passes.
 
     Raises:
         TypeError, ValueError: as [`~hkt_hf.hsa.inject.inject`], or `num_rows` below 1.
@@ -65,7 +67,8 @@ def gap_report(
         layer, is_causal = layer_of[id(module)], kwargs.pop("is_causal", None)
         if not has_window(module):
             mask = key_mask(module, attention_mask, is_causal, len(query))
-            found[layer] = _gaps(choice, query, key, mask, scaling, num_rows, generator)
+            gaps = _gaps(choice, query, for_each_head(key, query), mask, scaling, num_rows, generator)
+            found[layer] = found.get(layer, 0.0) + gaps
         return own_attention(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
 
     with _attending_by(model, probe), torch.no_grad():

@@ -62,7 +62,8 @@ def inject(
             batch, bool `(B, N)`, to its [`SignalTree`]; such a choice is not saved. Trees are over the real tokens, which come
             first in that mask, wherever padding is.
         layers (`str` or sequence of `int`, *optional*, defaults to `"auto"`): `"all"`, indices, or `"auto"`: the most layers whose
-            gaps on `batch` ([`~hkt_hf.hsa.gap.gap_report`]) add up to no more than `budget`.
+            gaps on `batch` ([`~hkt_hf.hsa.gap.gap_report`]) add up to no more than `budget`. Layers that share their weights
+            (ALBERT) are one layer.
         exact_tokens (sequence of `int`, *optional*, defaults to `(0,)`): positions, counted from the first real token, whose rows
             are computed by flat attention, e.g. the `[CLS]` that a classifier reads. They have no say in the ties of the others.
         batch (mapping, *optional*): inputs as the model takes them, for `layers="auto"`.

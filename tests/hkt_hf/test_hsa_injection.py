@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    AlbertConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -15,6 +16,7 @@ from transformers import (
     CLIPTextModel,
     DistilBertConfig,
     ElectraConfig,
+    EuroBertConfig,
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
@@ -44,6 +46,7 @@ CONFIGS = {
     "camembert": CamembertConfig(**SIZES),
     "electra": ElectraConfig(**SIZES, embedding_size=32),
     "distilbert": DistilBertConfig(vocab_size=60, dim=32, n_heads=4, n_layers=3, hidden_dim=32, num_labels=3),
+    "eurobert": EuroBertConfig(**SIZES, num_key_value_heads=2, pad_token_id=0),
     "modernbert": ModernBertConfig(**SIZES, **MODERN, global_attn_every_n_layers=2, local_attention=8),
 }
 each_family = pytest.mark.parametrize("family", CONFIGS)
@@ -389,6 +392,25 @@ def test_the_gap_is_that_of_the_real_tokens():
     alone = gap_report(model, {"input_ids": ids[None, real.bool()]}, tree=(4, None))
     assert [entry["gap"] for entry in found] == pytest.approx([entry["gap"] for entry in alone], rel=1e-4)
     assert min(entry["gap"] for entry in alone) > 1e-3
+
+
+def test_the_gaps_of_passes_through_shared_weights_add_up():
+    torch.manual_seed(0)
+    config = AlbertConfig(**SIZES, embedding_size=16)
+    shared = AutoModel.from_config(config).eval()
+    apart = AutoModel.from_config(AlbertConfig(**SIZES, embedding_size=16, num_hidden_groups=3)).eval()
+    first = apart.encoder.albert_layer_groups[0]
+    for group in apart.encoder.albert_layer_groups[1:]:
+        group.load_state_dict(first.state_dict())
+    missing = shared.load_state_dict(apart.state_dict(), strict=False).missing_keys
+    assert not missing
+    batch = batch_of()
+    (entry,) = gap_report(shared, batch, tree=(4, None))
+    layers = gap_report(apart, batch, tree=(4, None))
+    assert len(layers) == 3 and entry["layer"] == 0
+    assert entry["gap"] == pytest.approx(sum(layer["gap"] for layer in layers), rel=1e-5)
+    by_head = [layer["by_head"] for layer in layers]
+    assert entry["by_head"] == pytest.approx([sum(gaps) for gaps in zip(*by_head, strict=True)])
 
 
 def test_sampled_rows_estimate_the_gap():
