@@ -219,11 +219,13 @@ class LayerChoice:
     exact_tokens: Sequence[int]
 
     def tree(self, query: torch.Tensor, mask: torch.Tensor | None) -> SignalTree:
-        """Trees of a batch whose real tokens come first."""
+        """Trees of a batch whose real tokens come first; ValueError where a builder's are not over these."""
         batch_size, _, length, _ = query.shape
         if self.builder is not None:
             real = torch.ones(batch_size, length, dtype=torch.bool, device=query.device) if mask is None else mask
-            return self.builder(real)
+            tree = self.builder(real)
+            _check_leaves(tree, real)
+            return tree
         if mask is None:
             lengths = torch.full((batch_size,), length, device=query.device)
         else:
@@ -248,6 +250,24 @@ class LayerChoice:
             rows = F.scaled_dot_product_attention(query[:, :, exact], key, value, attn_mask=key_mask, scale=scaling)
             output = output.index_copy(2, torch.tensor(exact, device=output.device), rows)
         return output if order is None else reorder(output, order.argsort(1))
+
+
+def _check_leaves(tree: SignalTree, real: torch.Tensor) -> None:
+    """That a tree of a function is over the real tokens; the operator refuses what is no tree of the batch at all."""
+    if (
+        not isinstance(tree, SignalTree)
+        or (tree.batch_size, tree.size) != tuple(real.shape)
+        or tree.device != real.device
+    ):
+        return
+    differ = (tree.mask != real).nonzero()
+    if len(differ):
+        row, token = differ[0].tolist()
+        raise ValueError(
+            "`tree` must give trees over the real tokens of the mask that it is called with, which come first whatever the "
+            f"side of padding, got one of sequence {row} {'without' if real[row, token] else 'with'} token {token}, where "
+            f"{int(real[row].sum())} tokens are real"
+        )
 
 
 def real_first(mask: torch.Tensor) -> torch.Tensor | None:

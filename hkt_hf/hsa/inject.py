@@ -60,7 +60,7 @@ def inject(
         tree (`int`, sequence of `int` and `None`, or `Callable`, *optional*, defaults to `(16, None)`): branching of regular
             trees, as in [`SignalTree.regular`]: windows of 16 tokens under a flat root. Or a function from the mask of a
             batch, bool `(B, N)`, to its [`SignalTree`]; such a choice is not saved. Trees are over the real tokens, which come
-            first in that mask, wherever padding is.
+            first in that mask, wherever padding is: [`SignalTree.from_text`] needs a tokenizer that pads on the right.
         layers (`str` or sequence of `int`, *optional*, defaults to `"auto"`): `"all"`, indices, or `"auto"`: the most layers whose
             gaps on `batch` ([`~hkt_hf.hsa.gap.gap_report`]) add up to no more than `budget`. Layers that share their weights
             (ALBERT) are one layer.
@@ -75,8 +75,9 @@ def inject(
     Raises:
         ValueError: a decoder or another model that can't be served (the message says why), one that is injected already, a bad
             branching, a layer out of range or with a sliding window, or `layers="auto"` without a batch. The model is then as it was.
-            Causal attention that only shows when the model runs (the text model of CLIP), and a mask that hides more than
-            padding, are refused by the forward pass, in `layers="auto"` and later.
+            Causal attention that only shows when the model runs (the text model of CLIP), a mask that hides more than
+            padding, and a tree of a function that is not over the real tokens, are refused by the forward pass, in
+            `layers="auto"` and later.
         TypeError: `model` is no `PreTrainedModel`.
     """
     modules = attention_modules(model)

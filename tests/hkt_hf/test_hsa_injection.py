@@ -345,6 +345,36 @@ def test_a_tree_of_another_length_is_refused():
         model(**batch_of())
 
 
+@pytest.mark.parametrize(
+    "leaves, message",
+    [
+        ([23, 23, 23], "sequence 0 with token 15, where 15 tokens are real"),
+        ([15, 22, 9], "sequence 1 without token 22, where 23 tokens are real"),
+    ],
+)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_tree_over_other_tokens_than_the_real_ones_is_refused(leaves, message, side):
+    model, batch = encoder(), batch_of()
+    if side == "left":
+        batch = {name: tensor.flip(1) for name, tensor in batch.items()}
+    tree = SignalTree.regular(leaves, (4, None), size=23)
+    inject(model, tree=lambda mask: tree, layers=[0])
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+    restore(model)
+    with pytest.raises(ValueError, match=message):
+        gap_report(model, batch, tree=lambda mask: tree)
+
+
+def test_a_tree_by_the_places_of_padding_in_front_is_refused():
+    """As `from_text` gives with a tokenizer that pads on the left."""
+    model, batch = encoder(), {name: tensor.flip(1) for name, tensor in batch_of().items()}
+    tree = SignalTree.from_segments((torch.arange(23) // 5).expand(3, 23), batch["attention_mask"])
+    inject(model, tree=lambda mask: tree, layers=[0])
+    with pytest.raises(ValueError, match="which come first whatever the side of padding, got one of sequence 0"):
+        model(**batch)
+
+
 def test_an_injected_model_trains():
     model, batch = encoder().train(), batch_of()
     inject(model, tree=(4, None), layers="all")
