@@ -77,8 +77,8 @@ def hsa_attention(
         `tuple[torch.Tensor, None]`: `(B, N, H, d)`; HSA has no attention weights to give.
 
     Raises:
-        ValueError: a model that was not injected, from a checkpoint that says how it was, or a chosen module whose attention is
-            causal or whose mask hides more than padding.
+        ValueError: a model that was not injected, though its configuration says that it was, or a chosen module whose attention
+            is causal or whose mask hides more than padding.
     """
     is_causal = kwargs.pop("is_causal", None)
     if "_hsa" in module.__dict__:
@@ -87,8 +87,9 @@ def hsa_attention(
         choice = None if has_window(module) else LayerChoice(DEFAULT_BRANCHING, None, ())
     else:
         raise ValueError(
-            "`attn_implementation='hsa'` can't be given for a checkpoint that was saved with an injection: "
-            "`hkt_hf.hsa.load` reads it"
+            f"`config.{CONFIG_KEY}` says that HSA was injected, but this model was not: either it comes from a checkpoint that "
+            "was saved with an injection, by `attn_implementation='hsa'`, where `hkt_hf.hsa.load` reads it, or it has its "
+            "configuration object in common with an injected model, and needs a copy"
         )
     if choice is None:
         return own_attention(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)

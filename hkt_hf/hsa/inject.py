@@ -73,7 +73,8 @@ def inject(
         `PreTrainedModel`: the model itself.
 
     Raises:
-        ValueError: a decoder or another model that can't be served (the message says why), one that is injected already, a bad
+        ValueError: a decoder or another model that can't be served (the message says why), one that is injected already, as a
+            whole, in a part or as a part, or that has its configuration object in common with an injected model, a bad
             branching, a layer out of range or with a sliding window, or `layers="auto"` without a batch. The model is then as it was.
             Causal attention that only shows when the model runs (the text model of CLIP), a mask that hides more than
             padding, and a tree of a function that is not over the real tokens, are refused by the forward pass, in
@@ -81,8 +82,7 @@ def inject(
         TypeError: `model` is no `PreTrainedModel`.
     """
     modules = attention_modules(model)
-    if is_injected(model):
-        raise ValueError("`model` is injected already: `restore(model)` takes it back first")
+    _check_not_injected(model)
     exact_tokens = _integers("exact_tokens", exact_tokens)
     if any(position < 0 for position in exact_tokens) or len(set(exact_tokens)) < len(exact_tokens):
         raise ValueError(f"`exact_tokens` must be different positions of at least 0, got {exact_tokens}")
@@ -108,14 +108,16 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         `PreTrainedModel`: the model itself.
 
     Raises:
-        ValueError: a model that is not injected.
+        ValueError: a model that is not injected, though a part of it may be, or it may be a part of one.
     """
     if not is_injected(model):
-        raise ValueError("`model` is not injected: there is nothing to restore")
+        raise ValueError(
+            "`model` is not injected: there is nothing to restore. What was given to `inject` is what `restore` takes"
+        )
     before = model.__dict__.pop("_attention_before_hsa")
     for module in model.modules():
         module.__dict__.pop("_hsa", None)
-    delattr(model.config, CONFIG_KEY)
+    model.config.__dict__.pop(CONFIG_KEY, None)
     model.set_attn_implementation(before)
     return model
 
@@ -150,6 +152,23 @@ def load(path: str | os.PathLike, auto_class: type = AutoModelForSequenceClassif
         )
     delattr(model.config, CONFIG_KEY)
     return inject(model, tree=choice["branching"], layers=choice["layers"], exact_tokens=choice["exact_tokens"])
+
+
+def _check_not_injected(model: PreTrainedModel) -> None:
+    if is_injected(model):
+        raise ValueError("`model` is injected already: `restore(model)` takes it back first")
+    for name, module in model.named_modules():
+        if "_hsa" in module.__dict__:
+            raise ValueError(
+                f"`model` has a part that is injected already ({name!r}): `restore` what it was injected into first, the part, "
+                "the whole, or another model that has the part in common"
+            )
+    if model.config._attn_implementation == ATTENTION_NAME and getattr(model.config, CONFIG_KEY, None) is not None:
+        raise ValueError(
+            "`model` has its configuration object in common with an injected model, or was read with "
+            "`attn_implementation='hsa'` from a checkpoint that was saved with an injection: make it with a copy of the "
+            "configuration, or read it with `hkt_hf.hsa.load`"
+        )
 
 
 def _integers(name: str, values: Sequence[int]) -> list[int]:

@@ -336,6 +336,52 @@ def test_a_saved_choice_is_not_read_as_another(tmp_path):
         named(**batch_of())
 
 
+def test_models_with_one_configuration_object_are_not_injected_both():
+    """Nor does the other one attend by trees that it was not given."""
+    first = encoder()
+    second = type(first)(first.config).eval()
+    second.load_state_dict(first.state_dict())
+    batch = batch_of()
+    before = logits(first, **batch)
+    inject(first, tree=(4, None), layers=[1])
+    after = logits(first, **batch)
+    with pytest.raises(
+        ValueError, match="its configuration object in common with an injected model, and needs a copy"
+    ):
+        second(**batch)
+    with pytest.raises(ValueError, match="its configuration object in common with an injected model"):
+        inject(second, tree=(8, None), layers="all")
+    assert not is_injected(second) and torch.equal(logits(first, **batch), after)
+    restore(first)
+    assert torch.equal(logits(first, **batch), before) and torch.equal(logits(second, **batch), before)
+    inject(second, tree=(4, None), layers=[1])
+    assert torch.equal(logits(second, **batch), after)
+
+
+def test_a_model_and_its_part_are_not_injected_both():
+    model, batch = encoder(), batch_of()
+    before, config = logits(model, **batch), model.config.to_dict()
+    for outer, inner in ((model, model.bert), (model.bert, model)):
+        inject(outer, tree=(4, None), layers=[1])
+        after = logits(model, **batch)
+        with pytest.raises(ValueError, match=r"`model` has a part that is injected already .*attention\.self"):
+            inject(inner, tree=(8, None), layers=[2])
+        with pytest.raises(ValueError, match="nothing to restore"):
+            restore(inner)
+        assert torch.equal(logits(model, **batch), after) and not torch.equal(after, before)
+        restore(outer)
+        assert torch.equal(logits(model, **batch), before) and model.config.to_dict() == config
+
+
+def test_what_attends_by_name_can_be_injected():
+    model, batch = encoder(), batch_of()
+    model.set_attn_implementation("hsa")
+    before = logits(model, **batch)
+    inject(model, tree=(4, None), layers=[1])
+    assert not torch.equal(logits(model, **batch), before)
+    assert torch.equal(logits(restore(model), **batch), before)
+
+
 def test_a_tree_of_another_length_is_refused():
     model = encoder()
     inject(model, tree=lambda mask: SignalTree.regular([7] * len(mask), 2), layers=[0])
