@@ -237,7 +237,8 @@ class HSAModel(HSAPreTrainedModel):
             segment_ids (`torch.LongTensor` of shape `(B, S, N)`, *optional*): which segment of each of `S` levels, from fine to
                 coarse, a token is in, as [`SignalTree.from_segments`] reads them.
             inputs_embeds (`torch.FloatTensor` of shape `(B, N, hidden_size)`, *optional*): instead of `input_ids`.
-            tree ([`SignalTree`], *optional*): the hierarchy itself, instead of `segment_ids`.
+            tree ([`SignalTree`], *optional*): the hierarchy itself, instead of `segment_ids`. Its leaves are the real tokens, with
+                or without an `attention_mask`.
             kwargs: `output_hidden_states`, `return_dict`.
 
         Returns:
@@ -245,7 +246,8 @@ class HSAModel(HSAPreTrainedModel):
 
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`, both `segment_ids` and `tree`, a token id outside the
-                vocabulary, shapes that do not belong together, or more tokens than positions.
+                vocabulary, shapes that do not belong together, an `attention_mask` of other tokens than the leaves of `tree`, or
+                more tokens than positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
@@ -254,12 +256,15 @@ class HSAModel(HSAPreTrainedModel):
         shape = check_tokens(input_ids, inputs_embeds, self.config.vocab_size)
         if attention_mask is not None and tuple(attention_mask.shape) != shape:
             raise ValueError(f"`attention_mask` must have shape {shape}, got {tuple(attention_mask.shape)}")
+        if tree is not None and not isinstance(tree, SignalTree):
+            raise ValueError(f"`tree` must be a SignalTree, got {type(tree).__name__}")
+        if tree is not None and (tree.batch_size, tree.size) == shape:  # the operator refuses a tree of another batch
+            tree = tree.to((inputs_embeds if input_ids is None else input_ids).device)
+            attention_mask = _mask_of(tree, attention_mask)
         if input_ids is not None:
             inputs_embeds = self.embed_tokens(input_ids)
         if tree is None:
             tree = self._tree(inputs_embeds, attention_mask, segment_ids)
-        elif isinstance(tree, SignalTree):  # the operator refuses anything else
-            tree = tree.to(inputs_embeds.device)
         positions = _positions(inputs_embeds, attention_mask)
         limit = self.config.max_position_embeddings
         position_embeddings = None
@@ -327,6 +332,16 @@ class HSAModel(HSAPreTrainedModel):
         for factor in branching:
             left = min(left, 1) if factor is None else -(-left // factor)
         return branching if left <= 1 else [*branching, None]
+
+
+def _mask_of(tree: SignalTree, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens are leaves, bool `(B, N)`; ValueError where a mask, which may be `None`, says otherwise."""
+    if attention_mask is not None and bool(((attention_mask != 0).to(tree.device) != tree.mask).any()):
+        raise ValueError(
+            "`attention_mask` must be of the leaves of `tree`, or be left out, got others: "
+            f"{(attention_mask != 0).sum(1).tolist()} real tokens and {tree.lengths.tolist()} leaves"
+        )
+    return tree.mask
 
 
 def _positions(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -449,7 +464,8 @@ class HSAForSequenceClassification(HSAPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
+        mask = attention_mask if tree is None else tree.mask
+        pooled = pool(outputs.last_hidden_state, mask, self.config.pooling)
         logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:

@@ -57,6 +57,30 @@ def test_segments_are_the_tree():
 
 
 @each_positions
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_leaves_of_a_tree_are_the_real_tokens(positions, pooling, side):
+    """With the mask or without it; another mask is refused."""
+    model = model_of(position_embedding_type=positions, pooling=pooling)
+    input_ids, mask = right_padded_batch([23, 15], 23)
+    if side == "left":
+        input_ids, mask = input_ids.flip(1), mask.flip(1)
+    sentences = (torch.arange(23) // 5).expand(2, -1)
+    tree = SignalTree.from_segments(sentences, mask)
+    with torch.no_grad():
+        expected = model(input_ids, mask, segment_ids=sentences[:, None]).logits
+        assert torch.equal(model(input_ids, mask, tree=tree).logits, expected)
+        assert torch.equal(model(input_ids, tree=tree).logits, expected)
+        padding = mask == 0
+        assert torch.equal(model(input_ids.masked_fill(padding, 7), tree=tree).logits, expected)
+    for other in (torch.ones_like(mask), mask.flip(1)):
+        with pytest.raises(
+            ValueError, match=r"`attention_mask` must be of the leaves of `tree`.* and \[23, 15\] leaves"
+        ):
+            model(input_ids, other, tree=tree)
+
+
+@each_positions
 @pytest.mark.parametrize("branching", [[16, None], [None], [2, 2, None]])
 def test_padding_beyond_the_longest_sequence_changes_nothing(branching, positions):
     model = model_of(branching=branching, position_embedding_type=positions)
@@ -290,6 +314,7 @@ def test_bad_configurations_are_refused(fields, message):
             "at most one",
         ),
         ({"input_ids": torch.ones(1, 3).long(), "tree": SignalTree.regular([4], 2)}, "`tree` is of"),
+        ({"input_ids": torch.ones(1, 3).long(), "tree": [[0, 1, 2]]}, "`tree` must be a SignalTree, got list"),
         ({"input_ids": torch.ones(1, 3).long(), "labels": torch.tensor([3])}, "`labels` must lie in"),
     ],
 )
