@@ -81,7 +81,8 @@ def gap_report(
 
 @contextmanager
 def _attending_by(model: PreTrainedModel, function):
-    before, was_training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
+    was_training = {module: module.training for module in model.modules()}
     AttentionInterface.register(PROBE_NAME, function)
     AttentionMaskInterface.register(PROBE_NAME, hsa_mask)
     model.set_attn_implementation(PROBE_NAME)
@@ -90,7 +91,8 @@ def _attending_by(model: PreTrainedModel, function):
         yield
     finally:
         model.set_attn_implementation(before)
-        model.train(was_training)
+        for module, training in was_training.items():
+            module.training = training
 
 
 def _gaps(choice, query, key, mask, scaling, num_rows: int, generator) -> torch.Tensor:

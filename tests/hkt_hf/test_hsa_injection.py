@@ -458,6 +458,19 @@ def test_gaps_leave_the_model_alone(family):
     assert model.config._attn_implementation != PROBE_NAME
 
 
+def test_gaps_leave_frozen_layers_in_evaluation_mode():
+    """Also where `inject` measures them, in vain, and where the batch can't be run."""
+    model, batch = encoder().train(), batch_of()
+    model.bert.encoder.layer[0].eval()
+    modes = [module.training for module in model.modules()]
+    gap_report(model, batch)
+    assert [module.training for module in model.modules()] == modes
+    for other, budget, error in ((batch, 0.0, ValueError), ({"input_ids": batch["input_ids"] + 60}, 9.0, IndexError)):
+        with pytest.raises(error):
+            inject(model, layers="auto", batch=other, budget=budget)
+        assert [module.training for module in model.modules()] == modes
+
+
 def test_the_gap_is_that_of_the_real_tokens():
     model = encoder()
     real = torch.tensor([0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1])
