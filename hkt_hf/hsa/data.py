@@ -48,15 +48,19 @@ class SegmentCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch of examples; ValueError where one has no `segment_ids`, or one that do not fit its tokens."""
+        """A batch of examples; ValueError where one has no `segment_ids`, or some that do not fit its tokens or the others."""
         examples = [dict(example) for example in examples]
         segments = []
         for index, example in enumerate(examples):
             levels = example.pop("segment_ids", None)
-            if levels is None or any(len(ids) != len(example["input_ids"]) for ids in levels):
+            if not levels or any(len(ids) != len(example["input_ids"]) for ids in levels):
                 found = None if levels is None else [len(ids) for ids in levels]
                 raise ValueError(
                     f"`segment_ids` of example {index} must be lists of {len(example['input_ids'])} ids, got {found}"
+                )
+            if segments and len(levels) != len(segments[0]):
+                raise ValueError(
+                    f"`segment_ids` of example {index} must have {len(segments[0])} levels, as example 0, got {len(levels)}"
                 )
             segments.append(levels)
             if "label" in example:
@@ -80,7 +84,35 @@ class SegmentTextClassificationPipeline(TextClassificationPipeline):
     The plain pipeline gives a model no segments; it then attends along the trees of its configuration.
     """
 
-    def preprocess(self, inputs: str, **tokenizer_kwargs) -> dict[str, torch.Tensor]:
-        """Token ids and segments of one text, cut at the tokenizer's `model_max_length`."""
-        columns = tokenize_with_segments([inputs], self.tokenizer)
-        return SegmentCollator(self.tokenizer)([{name: values[0] for name, values in columns.items()}])
+    def preprocess(
+        self, inputs: str, truncation: bool = True, max_length: int | None = None, **tokenizer_kwargs
+    ) -> dict[str, torch.Tensor]:
+        """Token ids and segments of one text.
+
+        Args:
+            inputs (`str`): the text.
+            truncation (`bool`, *optional*, defaults to `True`): texts are always cut.
+            max_length (`int`, *optional*): where they are cut, at the tokenizer's `model_max_length` by default.
+            tokenizer_kwargs: none; others are refused by name.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `input_ids` and `attention_mask (1, N)` and `segment_ids (1, N, S)`: the pipeline pads the
+            second dimension to make a batch.
+
+        Raises:
+            ValueError: an input that is no text, `truncation` other than `True`, or further arguments.
+        """
+        if not isinstance(inputs, str):
+            raise ValueError(f"`inputs` must be a text or a list of texts, got {type(inputs).__name__}")
+        if truncation is not True:
+            raise ValueError(f"`truncation` must be True, got {truncation!r}")
+        if tokenizer_kwargs:
+            raise ValueError(
+                f"no arguments but `truncation` and `max_length` can be given, got {sorted(tokenizer_kwargs)}"
+            )
+        columns = tokenize_with_segments([inputs], self.tokenizer, max_length)
+        batch = SegmentCollator(self.tokenizer)([{name: values[0] for name, values in columns.items()}])
+        return batch | {"segment_ids": batch["segment_ids"].transpose(1, 2)}
+
+    def _forward(self, model_inputs: dict[str, torch.Tensor]):
+        return super()._forward(model_inputs | {"segment_ids": model_inputs["segment_ids"].transpose(1, 2)})

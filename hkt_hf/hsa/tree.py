@@ -36,7 +36,7 @@ class SignalTree(tree_hsa.SignalTree):
             max_family_size (`int`, *optional*, defaults to 64): longer sentences are split into runs of about one size.
 
         Raises:
-            ValueError: no text, or a tokenizer that has no offsets.
+            ValueError: no text, one text that is not in a list, or a tokenizer that has no offsets.
         """
         segment_ids, mask, _ = text_segments(texts, tokenizer, max_length=max_length)
         return cls.from_segments(segment_ids, mask, max_family_size=max_family_size)
@@ -56,8 +56,10 @@ def text_segments(
         token is a sentence and a paragraph of its own.
 
     Raises:
-        ValueError: no text, or a tokenizer that has no offsets.
+        ValueError: no text, one text that is not in a list, or a tokenizer that has no offsets.
     """
+    if isinstance(texts, str):
+        raise ValueError(f"`texts` must be a sequence of texts, got one text, {texts[:50]!r}")
     if not texts:
         raise ValueError("`texts` must hold at least one text, got none")
     if not tokenizer.is_fast:

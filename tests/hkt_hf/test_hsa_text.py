@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hkt_hf import HSAConfig, HSAForSequenceClassification
-from hkt_hf.hsa import SegmentCollator, SignalTree, tokenize_with_segments
+from hkt_hf.hsa import SegmentCollator, SegmentTextClassificationPipeline, SignalTree, tokenize_with_segments
 from hkt_hf.hsa.tree import PARAGRAPH_BREAK, paragraph_starts, sentence_starts, text_segments
 
 
@@ -113,6 +113,10 @@ def test_a_byte_level_token_is_in_the_sentence_of_its_word(trims):
 def test_texts_that_can_not_be_used(tokenizer):
     with pytest.raises(ValueError, match="at least one text"):
         SignalTree.from_text([], tokenizer)
+    with pytest.raises(ValueError, match=r"must be a sequence of texts, got one text, 'One text\.'"):
+        SignalTree.from_text("One text.", tokenizer)
+    with pytest.raises(ValueError, match=r"must be a sequence of texts, got one text, 'One text\.'"):
+        tokenize_with_segments("One text.", tokenizer)
     with pytest.raises(ValueError, match="`tokenizer` must be a fast one"):
         SignalTree.from_text(TEXTS, ByT5Tokenizer())
 
@@ -141,6 +145,62 @@ def test_segments_that_do_not_fit_are_refused(tokenizer):
         collate([{"input_ids": [1, 2, 3]}])
     with pytest.raises(ValueError, match=r"example 1 must be lists of 3 ids, got \[2\]"):
         collate([{"input_ids": [1], "segment_ids": [[0]]}, {"input_ids": [1, 2, 3], "segment_ids": [[0, 0]]}])
+    with pytest.raises(ValueError, match=r"example 0 must be lists of 3 ids, got \[\]"):
+        collate([{"input_ids": [1, 2, 3], "segment_ids": []}])
+    examples = [{"input_ids": [1, 2], "segment_ids": [[0, 0]]}, {"input_ids": [1], "segment_ids": [[0], [0]]}]
+    with pytest.raises(ValueError, match="example 1 must have 1 levels, as example 0, got 2"):
+        collate(examples)
+    with pytest.raises(ValueError, match="example 1 must have 2 levels, as example 0, got 1"):
+        collate(examples[::-1])
+
+
+@pytest.fixture(scope="module")
+def classifier(tokenizer):
+    torch.manual_seed(0)
+    config = HSAConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        hidden_dropout=0.0,
+    )
+    return randomize(HSAForSequenceClassification(config)).eval()
+
+
+def score(classifier, tokenizer, texts, **options):
+    pipe = SegmentTextClassificationPipeline(model=classifier, tokenizer=tokenizer)
+    return [[each["score"] for each in found] for found in pipe(texts, top_k=None, **options)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_pipeline_gives_texts_of_unequal_length_in_a_batch(classifier, tokenizer, side):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path, padding_side=side)
+    texts = [*TEXTS, "One more. And one more. And another!"]
+    expected = score(classifier, tokenizer, texts)
+    columns = tokenize_with_segments(texts, tokenizer)
+    examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    with torch.no_grad():
+        logits = classifier(**SegmentCollator(tokenizer)(examples)).logits
+    wanted = logits.softmax(-1).sort(descending=True).values
+    torch.testing.assert_close(torch.tensor(expected), wanted, rtol=0, atol=1e-5)
+    for batch_size in (2, 3):
+        found = score(classifier, tokenizer, texts, batch_size=batch_size)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_the_pipeline_cuts_texts_where_it_is_told(classifier, tokenizer):
+    whole = score(classifier, tokenizer, TEXTS[:1])
+    assert score(classifier, tokenizer, TEXTS[:1], truncation=True) == whole
+    cut_short = score(classifier, tokenizer, TEXTS[:1], truncation=True, max_length=6)
+    assert cut_short == score(classifier, tokenizer, ["I saw it twice"]) != whole
+    for texts, options, message in (
+        (TEXTS, {"truncation": False}, "`truncation` must be True, got False"),
+        (TEXTS, {"padding": True, "stride": 1}, r"got \['padding', 'stride'\]"),
+        ([{"text": "a", "text_pair": "b"}], {}, "`inputs` must be a text or a list of texts, got dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score(classifier, tokenizer, texts, **options)
 
 
 def test_a_trainer_learns_with_segments(tokenizer, tmp_path):
