@@ -164,7 +164,15 @@ class SignalTree:
         """
         if isinstance(nested, str) or not isinstance(nested, Sequence) or not nested:
             raise ValueError(f"`nested` must be a list of at least one nested list, got {nested!r}")
-        parents, leaves, rows = _levels_of(nested)
+        parents, leaves, rows, depths = _levels_of(nested)
+        if min(depths) < max(depths):
+            # Nodes with one child above the shallower roots, so that a level is as far from the leaves as in a batch of its own.
+            roots = []
+            for root, depth in zip(nested, depths, strict=True):
+                for _ in range(max(depths) - depth):
+                    root = [root]
+                roots.append(root)
+            parents, leaves, rows, _ = _levels_of(roots)
         lengths = torch.bincount(torch.tensor(rows), minlength=len(nested))
         for row, length in enumerate(lengths.tolist()):
             _check_positions(row, [leaf for leaf, at in zip(leaves, rows, strict=True) if at == row], length)
@@ -498,15 +506,15 @@ def _changes(column: torch.Tensor) -> torch.Tensor:
     return changes
 
 
-def _levels_of(nested: Sequence[Any]) -> tuple[list[torch.Tensor], list[int], list[int]]:
-    """Parents of each level from the leaves up, and position and row of each leaf, of nested lists."""
+def _levels_of(nested: Sequence[Any]) -> tuple[list[torch.Tensor], list[int], list[int], list[int]]:
+    """Parents of each level from the leaves up, position and row of each leaf, and depth of each row, of nested lists."""
     # From the roots down; a leaf above the last level goes down with it, by nodes with one child.
     entries: list[tuple[Any, int, Any]] = []
     for row, root in enumerate(nested):
         if not isinstance(root, list | tuple):
             raise ValueError(f"`nested` must hold one list a sequence, got {root!r} for sequence {row}")
         entries.append((root, row, None))
-    parents = []
+    parents, depths = [], [0] * len(entries)
     while any(isinstance(entry, list | tuple) for entry, _, _ in entries):
         below: list[tuple[Any, int, Any]] = []
         above: list[int] = []
@@ -522,6 +530,7 @@ def _levels_of(nested: Sequence[Any]) -> tuple[list[torch.Tensor], list[int], li
                 if on_path[0] is entry:
                     raise ValueError(f"`nested` must not hold a list that holds itself, got one in sequence {row}")
                 on_path = on_path[1]
+            depths[row] = len(parents) + 1
             below += [(child, row, (entry, path)) for child in entry]
             above += [index] * len(entry)
         parents.append(torch.tensor(above))
@@ -533,7 +542,7 @@ def _levels_of(nested: Sequence[Any]) -> tuple[list[torch.Tensor], list[int], li
         except TypeError:
             raise ValueError(f"`nested` must hold lists and integers, got {entry!r} in sequence {row}") from None
         rows.append(row)
-    return parents[::-1], leaves, rows
+    return parents[::-1], leaves, rows, depths
 
 
 def _check_positions(row: int, leaves: list[int], length: int) -> None:

@@ -121,6 +121,17 @@ def test_large_families_of_others_in_the_batch_change_nothing(width, max_family_
             torch.testing.assert_close(together[rows], alone, rtol=0, atol=1e-5)
 
 
+def test_deeper_trees_of_others_in_the_batch_change_nothing():
+    model = model_of()
+    input_ids = torch.randint(5, 40, (2, 6))
+    nested = [[[0, 1, 2], [3, 4, 5]], [[[[0, 1], 2], 3], [4, 5]]]
+    with torch.no_grad():
+        together = model(input_ids, tree=SignalTree.from_nested(nested)).logits
+        for row, each in enumerate(nested):
+            alone = model(input_ids[row : row + 1], tree=SignalTree.from_nested([each])).logits
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("branching", [2, [2, None], [3]])
 def test_pictures_are_quadtrees(branching):
     model = model_of(branching=branching, tree_layout="square")

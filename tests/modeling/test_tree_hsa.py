@@ -97,6 +97,21 @@ def test_large_families_are_split(seed, length, cap):
     assert runs[0].tolist() == [3, 3, 3, 2]  # of about one size
 
 
+@given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(1, 24), min_size=2, max_size=4))
+def test_a_level_is_as_far_from_the_leaves_as_in_a_batch_of_its_own(seed, lengths):
+    """The deeper trees of others add nodes with one child above, and none below."""
+    generator = np.random.default_rng(seed)
+    nested = [random_nested(generator, length) for length in lengths]
+    together = SignalTree.from_nested(nested)
+    rows = together.order // together.size
+    for row, each in enumerate(nested):
+        alone = SignalTree.from_nested([each])
+        for level, expected in enumerate(alone.ancestors()):
+            nodes = together.ancestors()[level][rows == row]
+            assert torch.equal(nodes - nodes.min(), expected)
+        assert all((nodes[rows == row].diff() == 0).all() for nodes in together.ancestors()[len(alone.parents) - 1 :])
+
+
 def test_levels_that_a_split_puts_in_are_of_the_level_they_split():
     wide, narrow = [[list(range(9)), [9]]], [[[0, 1], [2]]]
     assert SignalTree.regular([9], (3, None)).unsplit_levels == (0, 1)
