@@ -129,7 +129,8 @@ class Comparison:
 def comparisons(section: Section) -> list[Comparison]:
     """The comparisons of a task and protocol, in the order of the report.
 
-    HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); variants
+    HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); where an
+    ablation is the strongest HKT arm ([`strongest_hkt`]), also that one against flat and the strongest flat arm; variants
     of flat, and BERT, against flat, and HKT against them; HSA against the same layers on a flat tree; ablations against
     HKT (with the short convolution, also against flat with it); pretrained arms against the same ones from scratch; and
     pretrained HKT against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing
@@ -146,6 +147,12 @@ def comparisons(section: Section) -> list[Comparison]:
     compare(section.arm("hkt", "rope"), flat, remark=remark if strongest is flat else "", is_main=True, is_papers=True)
     if strongest not in (None, flat):
         compare(section.arm("hkt", "rope"), strongest, remark=remark, is_main=True)
+    best = strongest_hkt(section)
+    if best is not None and best.kind == "hkt ablation":
+        flat = section.arm("flat", best.positions)
+        if strongest not in (None, flat):
+            compare(best, flat, remark="the strongest HKT arm", is_main=True)
+        compare(best, strongest or flat, remark="the strongest of both", is_main=True)
     for arm in section.arms:
         if arm.kind == "flat variant" or arm.name == "bert":
             compare(arm, section.arm("flat", arm.positions or "absolute"))
@@ -167,6 +174,16 @@ def comparisons(section: Section) -> list[Comparison]:
         if arm.name == f"hkt{PRETRAINED}":
             compare(arm, section.arm(f"flat{PRETRAINED}", arm.positions), is_main=True)
     return found
+
+
+def strongest_hkt(section: Section) -> ArmRuns | None:
+    """Of HKT with RoPE and its ablations, with any positions, those with at least its seeds, the arm that does best.
+
+    Chosen as [`strongest_flat`] is; `None` without finished final runs of HKT with RoPE.
+    """
+    seeds = section.arm("hkt", "rope").finished.keys()
+    candidates = [arm for arm in section.arms if arm.kind in ("hkt", "hkt ablation") and arm.finished.keys() >= seeds]
+    return max(candidates, key=lambda arm: arm.mean("validation_accuracy"), default=None) if seeds else None
 
 
 def strongest_flat(section: Section) -> ArmRuns | None:

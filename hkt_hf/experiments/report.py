@@ -6,7 +6,15 @@ from pathlib import Path
 
 from ..files import replacing, write_text
 from ..tables import escape, format_size, table
-from .comparisons import HSA_PAPER, PAPER, PAPER_RESULTS, Comparison, comparisons, strongest_flat
+from .comparisons import (
+    HSA_PAPER,
+    PAPER,
+    PAPER_RESULTS,
+    Comparison,
+    comparisons,
+    strongest_flat,
+    strongest_hkt,
+)
 from .records import (
     FAILED,
     FINISHED,
@@ -320,6 +328,12 @@ def gain_table(section: Section) -> list[str]:
         accuracy = 100 * strongest.mean("validation_accuracy")
         remarks.append(
             f"- The strongest flat arm, by mean validation accuracy of its final runs ({accuracy:.2f}%): {strongest.label}."
+        )
+    best = strongest_hkt(section)
+    if best is not None:
+        accuracy = 100 * best.mean("validation_accuracy")
+        remarks.append(
+            f"- The strongest HKT arm, so chosen ({accuracy:.2f}%), of those with all seeds of hkt (RoPE): {best.label}."
         )
     for comparison in found:
         cells = ["no pairs", "", "", "", ""]

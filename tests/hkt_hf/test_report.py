@@ -14,7 +14,7 @@ from scipy import stats
 
 from hkt_hf import HKTConfig
 from hkt_hf.cli import main
-from hkt_hf.experiments.comparisons import PAPER_RESULTS, comparisons, strongest_flat
+from hkt_hf.experiments.comparisons import PAPER_RESULTS, comparisons, strongest_flat, strongest_hkt
 from hkt_hf.experiments.protocol import load_protocol
 from hkt_hf.experiments.records import read_records, sections
 from hkt_hf.experiments.report import markdown, summary_table, write_report
@@ -317,6 +317,32 @@ def test_the_strongest_flat_arm_is_chosen_by_validation():
     (section,) = sections([*records, *flat])
     labels = [item.label for item in comparisons(section) if item.is_main]
     assert labels == [GAIN]  # once
+
+
+def test_the_strongest_hkt_arm_is_chosen_by_validation():
+    """Of those with as many seeds; the arm that is best on test, and one that has three seeds, are not in the choice."""
+    flat = [record("flat", value, seed) for seed, value in enumerate(FLAT)]
+    records = [*flat, *(record("hkt", value, seed) for seed, value in enumerate(HKT))]
+    short = "hkt - flat (RoPE), the strongest flat arm"
+    assert [item.label for item in comparisons(sections(records)[0]) if item.is_main] == [short]
+    for arm, validation, test, seeds in (
+        ("hkt-kernel-4", 0.60, 0.56, 5),
+        ("hkt-kernel-3", 0.59, 0.70, 5),
+        ("hkt-levels-4", 0.80, 0.80, 3),
+    ):
+        records += [record(arm, test, seed, validation_accuracy=validation) for seed in range(seeds)]
+    (section,) = sections(records)
+    assert strongest_hkt(section).label == "hkt-kernel-4 (RoPE)"
+    labels = [item.label for item in comparisons(section) if item.is_main]
+    assert labels == [short, "hkt-kernel-4 - flat (RoPE), the strongest of both"]
+    assert "so chosen (60.00%), of those with all seeds of hkt (RoPE): hkt-kernel-4 (RoPE)." in markdown(records)
+    records += [record("flat-convolution", 0.52, seed, validation_accuracy=0.53) for seed in range(5)]
+    labels = [item.label for item in comparisons(sections(records)[0]) if item.is_main]
+    assert labels[2:] == [
+        "hkt-kernel-4 - flat (RoPE), the strongest HKT arm",
+        "hkt-kernel-4 - flat-convolution (RoPE), the strongest of both",
+    ]
+    assert strongest_hkt(sections(flat)[0]) is None
 
 
 def test_which_arms_are_compared():
