@@ -50,7 +50,7 @@ def package_best(results: str | Path, runs: str | Path, task: str, protocol: str
     Args:
         results (`str` or `Path`): folder of the records of `hkt reproduce`.
         runs (`str` or `Path`): folder of its checkpoints.
-        task (`str`): `"listops"`, `"cifar10"` or `"imdb"`.
+        task (`str`): `"listops"`, `"cifar10"`, `"imdb"` or `"imdb-words"`.
         protocol (`str`): `"cpu"` or `"paper"`.
         output (`str` or `Path`): folder to write to; made if it does not exist.
 

@@ -34,7 +34,7 @@ class RunSpecification:
     """What one run is to do.
 
     Args:
-        task (`str`): `"listops"`, `"cifar10"` or `"imdb"`.
+        task (`str`): `"listops"`, `"cifar10"`, `"imdb"` or `"imdb-words"`.
         protocol (`str`): `"cpu"` or `"paper"`.
         arm (`str`): as in [`~hkt_hf.experiments.arms.parse_arm`].
         stage (`str`): `"pretraining"`, `"search"`, `"finalist"` or `"final"`, which alone reads the test split.

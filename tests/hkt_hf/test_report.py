@@ -677,6 +677,32 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     for more, few in itertools.pairwise(reversed(by_levels[1:])):
         step = paired_difference(more, few)
         assert f"{step['mean']:+.2f} ({step['low']:+.2f} to {step['high']:+.2f}, p {step['p_value']:.3f})" in text
+    taps, two_taps, flat_rope, locality = (
+        f"{name} (RoPE)" for name in ("hkt-kernel-4", "hkt", "flat", "flat-convolution")
+    )
+    over_two, over_flat, over_locality = (gain(taps, control) for control in (two_taps, flat_rope, locality))
+    assert all(
+        accuracies(taps)[seed] > accuracies(label)[seed]
+        for label in (two_taps, flat_rope, locality)
+        for seed in range(5)
+    )
+    four = statistics.mean(accuracies(taps).values())
+    assert f"HKT has {four:.2f}% (five seeds), {over_two[0]} over two taps ({over_two[1]}, {over_two[2]})" in text
+    assert f"and {over_flat[0]} over flat attention ({over_flat[1]}, p < 0.001;" in text and over_flat[2] == "p 0.000"
+    assert f"it is {over_locality[0]} ({over_locality[1]}, {over_locality[2]})" in text
+    three, of_two, of_four = (
+        statistics.mean(accuracies(label)[seed] for seed in (0, 1, 2))
+        for label in ("hkt-kernel-3 (RoPE)", two_taps, taps)
+    )
+    assert f"{three:.2f}% with three seeds, where two have {of_two:.2f}% and four {of_four:.2f}%" in text
+    for name, shown in (
+        ("shared-projections", "(one pair for all: "),
+        ("untrained-mean", "(fixed to the mean: "),
+        ("convolution", "convolution on level 0 ("),
+    ):
+        difference, interval, _ = gain(f"hkt-{name} (RoPE)", two_taps)
+        own = statistics.mean(accuracies(f"hkt-{name} (RoPE)").values())
+        assert f"{shown}{own:.2f}%, {difference}, {interval})" in text
     absolute, (rope, interval, p_value) = (
         gain(f"hkt ({positions})", f"flat ({positions})", "cifar10") for positions in ("absolute", "RoPE")
     )
@@ -709,6 +735,12 @@ def test_the_evidence_for_defaults_is_that_of_the_records():
         for name in names
     )
     assert f"{one:.1f}, {two:.1f}, {three:.1f} and {four:.1f}% with one to four, means of three seeds" in text
+    two, three, four, shared = (
+        statistics.mean(100 * arms["listops", f"{name} (RoPE)"].final[seed]["test_accuracy"] for seed in (0, 1, 2))
+        for name in ("hkt", "hkt-kernel-3", "hkt-kernel-4", "hkt-shared-projections")
+    )
+    assert f"{two:.1f}, {three:.1f} and {four:.1f}% with two, three and four, means of three seeds" in text
+    assert f"one for all has {shared:.1f}%, one pair a level {two:.1f}% (three seeds, a difference within the" in text
     rope, absolute, rope_pixels, absolute_pixels = (
         f"{arms[task, f'hkt ({positions})'].mean('test_accuracy'):.1%}"
         for task in ("listops", "cifar10")
