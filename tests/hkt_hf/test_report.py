@@ -690,6 +690,12 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     assert f"HKT has {four:.2f}% (five seeds), {over_two[0]} over two taps ({over_two[1]}, {over_two[2]})" in text
     assert f"and {over_flat[0]} over flat attention ({over_flat[1]}, p < 0.001;" in text and over_flat[2] == "p 0.000"
     assert f"it is {over_locality[0]} ({over_locality[1]}, {over_locality[2]})" in text
+    pixels = {name: accuracies(name, "cifar10") for name in (taps, two_taps, flat_rope)}
+    assert all(pixels[taps][seed] > pixels[name][seed] for name in (two_taps, flat_rope) for seed in range(5))
+    over_two, over_flat = (gain(taps, control, "cifar10") for control in (two_taps, flat_rope))
+    four = statistics.mean(pixels[taps].values())
+    assert f"four taps have {four:.2f}%, {over_two[0]} over two ({over_two[1]}, {over_two[2]})" in text
+    assert f"and {over_flat[0]} over flat attention ({over_flat[1]}, p < 0.001;" in text and over_flat[2] == "p 0.001"
     three, of_two, of_four = (
         statistics.mean(accuracies(label)[seed] for seed in (0, 1, 2))
         for label in ("hkt-kernel-3 (RoPE)", two_taps, taps)
@@ -740,6 +746,8 @@ def test_the_evidence_for_defaults_is_that_of_the_records():
         for name in ("hkt", "hkt-kernel-3", "hkt-kernel-4", "hkt-shared-projections")
     )
     assert f"{two:.1f}, {three:.1f} and {four:.1f}% with two, three and four, means of three seeds" in text
+    pixels = [arms["cifar10", f"{name} (RoPE)"].mean("test_accuracy") for name in ("hkt", "hkt-kernel-4")]
+    assert f"{100 * pixels[0]:.1f} and {pixels[1]:.1%} with two and four, of five" in text
     assert f"one for all has {shared:.1f}%, one pair a level {two:.1f}% (three seeds, a difference within the" in text
     rope, absolute, rope_pixels, absolute_pixels = (
         f"{arms[task, f'hkt ({positions})'].mean('test_accuracy'):.1%}"
