@@ -130,7 +130,7 @@ class Protocol:
                 raise ValueError(f"`seeds` must be different ones, at least one, got {list(seeds)}")
             if self.search.seed in seeds:
                 raise ValueError(f"`search.seed` ({self.search.seed}) must not be one of `seeds` {list(seeds)}")
-        self.search.settings()
+        self.search.settings()  # refuses values out of range
         finalists, rates = self.search.finalists, len(set(self.search.learning_rate))
         if isinstance(finalists, bool) or not isinstance(finalists, int) or not 0 <= finalists <= rates:
             raise ValueError(

@@ -154,8 +154,7 @@ def test_segments_that_do_not_fit_are_refused(tokenizer):
         collate(examples[::-1])
 
 
-@pytest.fixture(scope="module")
-def classifier(tokenizer):
+def small_classifier(tokenizer):
     torch.manual_seed(0)
     config = HSAConfig(
         vocab_size=len(tokenizer),
@@ -165,7 +164,12 @@ def classifier(tokenizer):
         intermediate_size=16,
         hidden_dropout=0.0,
     )
-    return randomize(HSAForSequenceClassification(config)).eval()
+    return randomize(HSAForSequenceClassification(config))
+
+
+@pytest.fixture(scope="module")
+def classifier(tokenizer):
+    return small_classifier(tokenizer).eval()
 
 
 def score(classifier, tokenizer, texts, **options):
@@ -205,22 +209,12 @@ def test_the_pipeline_cuts_texts_where_it_is_told(classifier, tokenizer):
 
 def test_a_trainer_learns_with_segments(tokenizer, tmp_path):
     """Whether the first sentence is the longer one: nothing but the tree tells."""
-    torch.manual_seed(0)
     texts = ["a " * (3 + 9 * (i % 2)) + ". " + "a " * (12 - 9 * (i % 2)) + "." for i in range(64)]
     data = Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(64)]})
     data = data.map(
         lambda batch: tokenize_with_segments(batch["text"], tokenizer), batched=True, remove_columns=["text"]
     )
-    config = HSAConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_attention_heads=2,
-        num_hidden_layers=1,
-        intermediate_size=16,
-        max_position_embeddings=32,
-        hidden_dropout=0.0,
-    )
-    model = randomize(HSAForSequenceClassification(config)).train()
+    model = small_classifier(tokenizer).train()
     arguments = TrainingArguments(
         tmp_path,
         max_steps=30,
