@@ -40,7 +40,7 @@ class CausalDownsample(nn.Module):
 
     Args:
         hidden_size (`int`): number of channels `d`.
-        kernel_size (`int`, *optional*, defaults to 2): taps `K`, at least 1.
+        kernel_size (`int`, *optional*, defaults to 4): taps `K`, at least 1.
         downsample_type (`str`, *optional*, defaults to `"depthwise"`): `"depthwise"`, weight `(K, d)`, or `"dense"`,
             weight `(K, d, d)` (tap, input channel, output channel).
 
@@ -48,7 +48,7 @@ class CausalDownsample(nn.Module):
         ValueError: `kernel_size` or `hidden_size` below 1, or an unknown `downsample_type`.
     """
 
-    def __init__(self, hidden_size: int, kernel_size: int = 2, downsample_type: str = "depthwise"):
+    def __init__(self, hidden_size: int, kernel_size: int = 4, downsample_type: str = "depthwise"):
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"`hidden_size` must be at least 1, got {hidden_size}")

@@ -149,7 +149,7 @@ def _ablation(description: str, **arguments) -> Arm:
 
 ARMS: dict[str, Arm] = {
     "flat": Arm("one level: plain multi-head attention", {"num_levels": 1}),
-    "hkt": Arm("three levels, as `HKTConfig` has them by default"),
+    "hkt": Arm("three levels; the protocols give it two taps of downsampling"),
     "flat-convolution": Arm(
         "flat, with a causal depthwise convolution (kernel 4) on the inputs of queries and keys",
         {"num_levels": 1},

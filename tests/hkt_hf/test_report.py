@@ -14,6 +14,7 @@ from scipy import stats
 
 from hkt_hf import HKTConfig
 from hkt_hf.cli import main
+from hkt_hf.experiments.arms import parse_arm
 from hkt_hf.experiments.comparisons import PAPER_RESULTS, comparisons, strongest_flat, strongest_hkt
 from hkt_hf.experiments.protocol import load_protocol
 from hkt_hf.experiments.records import read_records, sections
@@ -608,6 +609,24 @@ def test_the_committed_report_is_that_of_the_records():
     assert (RESULTS / "report.md").read_text(encoding="utf-8") == markdown(read_records(RESULTS))
 
 
+def test_the_committed_records_are_of_the_models_that_the_protocols_ask_for():
+    """Whatever the defaults of `HKTConfig` are by now: the protocols and the records name what decides a result."""
+    chosen = ("hidden_dropout", "position_embedding_type", "intermediate_size")  # by the search, the name, and width
+    checked = 0
+    for run in read_records(RESULTS):
+        found = run["config"]["model"]
+        arm = parse_arm(run["arm"])[0]
+        if run["stage"] != "final" or "checkpoint" in found or not arm.has_levels:
+            continue
+        wanted = {**load_protocol(run["task"], run["protocol"]).experiment["model"], **arm.fields}
+        for name in chosen:
+            found.pop(name, None)
+            wanted.pop(name, None)
+        assert found == wanted, run["arm"]
+        checked += 1
+    assert checked
+
+
 def arms_of(results):
     """Runs of each arm by task and label, of a folder of records."""
     return {(section.task, arm.label): arm for section in sections(read_records(results)) for arm in section.arms}
@@ -732,7 +751,7 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
 
 
 def test_the_evidence_for_defaults_is_that_of_the_records():
-    """What the docstring of `HKTConfig` says of levels and positions."""
+    """What the docstring of `HKTConfig` says of levels, taps and positions."""
     text = " ".join(HKTConfig.__doc__.split())
     arms = arms_of(RESULTS)
     names = ("flat", "hkt-levels-2", "hkt", "hkt-levels-4")
@@ -746,6 +765,7 @@ def test_the_evidence_for_defaults_is_that_of_the_records():
         for name in ("hkt", "hkt-kernel-3", "hkt-kernel-4", "hkt-shared-projections")
     )
     assert f"{two:.1f}, {three:.1f} and {four:.1f}% with two, three and four, means of three seeds" in text
+    assert max(two, three, four) == four and HKTConfig().downsample_kernel_size == 4
     pixels = [arms["cifar10", f"{name} (RoPE)"].mean("test_accuracy") for name in ("hkt", "hkt-kernel-4")]
     assert f"{100 * pixels[0]:.1f} and {pixels[1]:.1%} with two and four, of five" in text
     assert f"one for all has {shared:.1f}%, one pair a level {two:.1f}% (three seeds, a difference within the" in text

@@ -82,7 +82,7 @@ def assert_same_at_real_tokens(actual, expected, attention_mask, atol):
     family=st.sampled_from(sorted(FLAT_FAMILIES)),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     num_levels=st.integers(1, 4),
-    kernel_size=st.integers(1, 3),
+    kernel_size=st.integers(1, 4),
     downsample_type=st.sampled_from(["depthwise", "dense"]),
     level_0_weight=st.floats(0.05, 0.999),
     implementation=st.sampled_from(IMPLEMENTATIONS),

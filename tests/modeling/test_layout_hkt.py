@@ -25,7 +25,7 @@ def packed(rows, total):
 model_settings = {
     "positions": st.sampled_from(POSITIONS),
     "num_levels": st.integers(1, 4),
-    "kernel_size": st.integers(1, 3),
+    "kernel_size": st.integers(1, 4),
     "implementation": st.sampled_from(IMPLEMENTATIONS),
     "is_decoder": st.booleans(),
 }

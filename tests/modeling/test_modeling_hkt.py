@@ -60,7 +60,7 @@ def test_one_level_with_biases_is_bert_self_attention(implementation, padded):
     positions=st.sampled_from(POSITIONS),
     pooling=st.sampled_from(["mean", "cls", "last"]),
     num_levels=st.integers(1, 4),
-    kernel_size=st.integers(1, 3),
+    kernel_size=st.integers(1, 4),
     implementation=st.sampled_from(IMPLEMENTATIONS),
 )
 def test_right_padding_changes_nothing(lengths, padding, positions, pooling, num_levels, kernel_size, implementation):
@@ -174,7 +174,8 @@ def test_levels_share_or_own_their_projections():
 
 def test_rope_gives_a_block_the_position_of_its_first_token():
     """With equal hidden states everywhere, rotated scores of level 1 depend on the distance of first tokens."""
-    config = tiny_config(num_levels=2, num_attention_heads=1, hidden_size=8, head_dim=8)
+    sizes = {"num_attention_heads": 1, "hidden_size": 8, "head_dim": 8}
+    config = tiny_config(num_levels=2, downsample_kernel_size=2, **sizes)
     config._attn_implementation = "eager"
     model = randomize(HKTModel(config))
     attention = model.layers[0].self_attn
@@ -309,7 +310,7 @@ def test_backbone_weights_move_into_a_head_and_missing_parameters_are_initialise
         assert torch.equal(layer.mlp.up_proj.weight, original.mlp.up_proj.weight)
         assert layer.self_attn.level_logits.eq(0).all()
         for downsample in layer.self_attn.downsample:
-            assert downsample.weight.eq(0.5).all()
+            assert downsample.weight.eq(1 / loaded.config.downsample_kernel_size).all()
     torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, backbone.rotary_emb.inv_freq, rtol=0, atol=0)
 
 
