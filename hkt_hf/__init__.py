@@ -1,6 +1,7 @@
 """Hierarchical attention on the Hugging Face stack. Importing this package registers HKT and HSA with the Auto classes."""
 
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .modeling import (
     CausalDownsample,
@@ -40,6 +41,8 @@ def _register_auto_classes() -> None:
             model_class = getattr(module, class_name)
             getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
             model_class.register_for_auto_class(auto_name)
+    # Where `Trainer` looks whether labels have to be shifted before it smooths them.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(HKTConfig.model_type, HKTForCausalLM.__name__)
 
 
 _register_auto_classes()

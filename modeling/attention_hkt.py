@@ -75,13 +75,16 @@ class CausalDownsample(nn.Module):
         """Set the weight to the mean over the taps."""
         self.weight.copy_(self.mean_weight())
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(B, T, d)` to `(B, ceil(T / 2), d)`, any `T >= 0`."""
-        return self.continue_from(F.pad(hidden_states, (0, 0, self.kernel_size - 1, 0)))
+    def forward(self, hidden_states: torch.Tensor, has_history: bool = False) -> torch.Tensor:
+        """`(B, T, d)` to `(B, ceil(T / 2), d)`, any `T >= 0`.
 
-    def continue_from(self, padded: torch.Tensor) -> torch.Tensor:
-        """As `forward`, with `K - 1` earlier inputs in front: `(B, K - 1 + T, d)` to `(B, ceil(T / 2), d)`."""
+        Args:
+            hidden_states (`torch.Tensor`): `(B, T, d)`.
+            has_history (`bool`, *optional*, defaults to `False`): `hidden_states` is `(B, K - 1 + T, d)`, with the `K - 1`
+                inputs before these `T` in front, instead of zeros.
+        """
         history = self.kernel_size - 1
+        padded = hidden_states if has_history else F.pad(hidden_states, (0, 0, history, 0))
         length = padded.shape[1] - history
         output = None
         for tap in range(self.kernel_size):

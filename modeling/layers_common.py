@@ -103,7 +103,9 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
     mask = attention_mask.to(hidden_states.device) != 0
     if pooling == "mean":
         count = mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return (hidden_states * mask.unsqueeze(-1)).sum(dim=1) / count
+        # The sum of a long sequence is out of the range of float16.
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        return ((hidden_states * mask.unsqueeze(-1)).sum(dim=1, dtype=wide) / count).to(hidden_states.dtype)
     column = mask.long().argmax(dim=1)  # the first real token
     if pooling == "last":
         column = (column + mask.sum(dim=1) - 1).clamp(min=0)

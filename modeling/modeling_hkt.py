@@ -64,6 +64,9 @@ AUTO_MAP = {
     **{auto_class: f"modeling_hkt.{name}" for auto_class, name in AUTO_CLASSES.items()},
 }
 
+# Where sequences begin in packed rows, as data collators tell flash attention.
+ROW_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 MAX_FLASH_WIDTH = 256
 """Widest head that the kernels of flash attention take; lifted queries and keys have `num_levels * head_dim` features."""
 
@@ -195,7 +198,8 @@ class HKTAttention(nn.Module):
             if cache_layer is None:
                 levels.append(downsample(levels[-1]))
             else:
-                levels.append(downsample.continue_from(cache_layer.level_inputs(level, levels[-1], cache_step)))
+                inputs = cache_layer.level_inputs(level, levels[-1], cache_step)
+                levels.append(downsample(inputs, has_history=True))
         return levels
 
     def queries_and_keys(
@@ -302,6 +306,8 @@ class HKTAttention(nn.Module):
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
         # A function that no mask is made for, such as that of an inference server, knows itself what the rows hold.
         on_rows = layout is not None and implementation not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+        if layout is not None and not on_rows:
+            kwargs = {name: value for name, value in kwargs.items() if name not in ROW_BOUNDARIES}
         attn_output, attn_weights = dispatch_attention(
             attention_interface,
             self,
@@ -544,7 +550,9 @@ class HKTModel(HKTPreTrainedModel):
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, d)`, *optional*): instead of `input_ids`.
             use_cache (`bool`, *optional*, defaults to `config.use_cache`): whether a decoder makes and returns a cache.
                 None is made for packed sequences, under gradient checkpointing, and in compiled code.
-            kwargs: `output_hidden_states`, `output_attentions` (eager only), `output_level_weights`, `return_dict`.
+            kwargs: `output_hidden_states`, `output_attentions` (eager only), `output_level_weights`, `return_dict`;
+                `cu_seq_lens_q` (int `(sequences + 1,)`: where each sequence of a single packed row begins, and the row's
+                length) stands for `position_ids` where these are not given.
 
         Returns:
             [`HKTModelOutput`]
@@ -566,6 +574,10 @@ class HKTModel(HKTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         past_length = self._check_cache(past_key_values)
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = _packed_positions(
+                kwargs["cu_seq_lens_q"], (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            )
         _check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, past_length)
         _check_token_types(
             self.config, token_type_ids, (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
@@ -978,11 +990,11 @@ class HKTForSequenceClassification(HKTPreTrainedModel):
         Raises:
             ValueError: as [`HKTModel.forward`], packed sequences, or labels of another shape or outside their range.
         """
-        _check_one_sequence_a_row(attention_mask, position_ids)
+        _check_one_sequence_a_row(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         tokens = inputs_embeds if input_ids is None else input_ids
         if labels is not None and tokens is not None:
             # In float32 or wider: half precision would round the targets of a regression.
-            dtype = torch.promote_types(self.dtype, torch.float32)
+            dtype = torch.promote_types(self.model.embed_tokens.weight.dtype, torch.float32)
             labels = check_sequence_labels(self.config, labels, (tokens.shape[0], self.num_labels), dtype)
         outputs = self.model(
             input_ids=input_ids,
@@ -1116,7 +1128,7 @@ class HKTForQuestionAnswering(HKTPreTrainedModel):
         tokens = inputs_embeds if input_ids is None else input_ids
         if start_positions is not None and tokens is not None:
             if attention_mask is None or attention_mask.dim() == 2:
-                _check_one_sequence_a_row(attention_mask, position_ids)
+                _check_one_sequence_a_row(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
             start_positions = _check_answer("start_positions", start_positions, tokens.shape[0])
             end_positions = _check_answer("end_positions", end_positions, tokens.shape[0])
         outputs = self.model(
@@ -1208,7 +1220,7 @@ class HKTForMultipleChoice(HKTPreTrainedModel):
             return None if tensor is None else tensor.flatten(0, 1)
 
         attention_mask, position_ids = flat(attention_mask), flat(position_ids)
-        _check_one_sequence_a_row(attention_mask, position_ids)
+        _check_one_sequence_a_row(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         if labels is not None:
             labels = check_class_labels(labels, (batch_size,), "choices", num_choices)
         outputs = self.model(
@@ -1249,6 +1261,19 @@ def _check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds
                 f"`position_ids` must have shape {(batch_size, length)} or {(1, length)}, "
                 f"got {tuple(position_ids.shape)}"
             )
+
+
+def _packed_positions(boundaries: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """`position_ids (1, T)` of one row of packed sequences, from where each begins and the last one ends."""
+    batch_size, length = shape
+    is_one_row = batch_size == 1 and boundaries.dim() == 1 and boundaries.shape[0] > 1
+    if not is_one_row or (values_can_be_read(boundaries) and (boundaries[0] != 0 or boundaries[-1] != length)):
+        raise ValueError(
+            f"`cu_seq_lens_q` must be where each sequence of a single row begins, from 0 on, and the row's length, {length}; "
+            f"got {boundaries.tolist() if values_can_be_read(boundaries) else tuple(boundaries.shape)} for {batch_size} rows"
+        )
+    starts = boundaries[:-1].repeat_interleave(boundaries.diff(), output_size=length)
+    return (torch.arange(length, device=boundaries.device) - starts)[None]
 
 
 def _check_token_types(config: HKTConfig, token_type_ids: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -1296,11 +1321,17 @@ def _check_pooling(config: HKTConfig) -> None:
         )
 
 
-def _check_one_sequence_a_row(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+def _check_one_sequence_a_row(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, boundaries: torch.Tensor | None
+) -> None:
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             f"`attention_mask` must have shape (batch, length) where sequences are pooled, got "
             f"{tuple(attention_mask.shape)}"
+        )
+    if position_ids is None and boundaries is not None and boundaries.shape[0] > 2:
+        raise ValueError(
+            f"`cu_seq_lens_q` names {boundaries.shape[0] - 1} sequences: packed sequences can't be pooled, give one a row"
         )
     if position_ids is None or not values_can_be_read(position_ids):
         return

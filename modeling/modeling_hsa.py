@@ -453,7 +453,7 @@ class HSAForSequenceClassification(HSAPreTrainedModel):
         tokens = inputs_embeds if input_ids is None else input_ids
         if labels is not None and tokens is not None:
             # In float32 or wider: half precision would round the targets of a regression.
-            dtype = torch.promote_types(self.dtype, torch.float32)
+            dtype = torch.promote_types(self.model.embed_tokens.weight.dtype, torch.float32)
             labels = check_sequence_labels(self.config, labels, (tokens.shape[0], self.num_labels), dtype)
         outputs = self.model(
             input_ids=input_ids,

@@ -240,6 +240,32 @@ def test_the_flash_attention_path_gives_the_numbers_of_eager(is_decoder, batch, 
         assert CALLS == 2 * [{"lengths": [19, 8, 1], "width": num_levels * 8}]
 
 
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_boundaries_for_flash_attention_are_those_of_the_rows(is_decoder, flash):
+    """What `DataCollatorWithFlattening` adds: the model cuts rows into sequences itself, and can cut them by it."""
+    packed, model = batches()["packed"], build(3, is_decoder)
+    boundaries = torch.tensor([0, 19, 27, 28], dtype=torch.int32)
+    named = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 19, "max_length_k": 19}
+    with torch.no_grad():
+        expected = run(model, "eager", packed)
+        assert torch.equal(run(model, "eager", {"input_ids": packed["input_ids"], **named}), expected)
+        model.to(torch.bfloat16)
+        for inputs in ({**packed, **named}, {"input_ids": packed["input_ids"], **named}):
+            torch.testing.assert_close(run(model, "flash_attention_2", inputs).float(), expected, rtol=0, atol=0.1)
+
+
+def test_boundaries_that_do_not_fit_are_refused():
+    model = build(2)
+    ids = batches()["packed"]["input_ids"]
+    for boundaries, rows in (([0, 19, 27], ids), ([3, 28], ids), ([0], ids), ([0, 19, 28], ids.repeat(2, 1))):
+        with pytest.raises(ValueError, match=r"`cu_seq_lens_q` must be where each sequence .* length, 28; got \["):
+            model(rows, cu_seq_lens_q=torch.tensor(boundaries))
+    for auto_class in ("AutoModelForSequenceClassification", "AutoModelForMultipleChoice"):
+        rows = ids[None] if auto_class.endswith("Choice") else ids
+        with pytest.raises(ValueError, match="names 3 sequences: packed sequences can't be pooled"):
+            tiny_head(auto_class)(rows, cu_seq_lens_q=torch.tensor([0, 19, 27, 28]))
+
+
 def test_the_flash_attention_path_has_the_gradients_of_eager(flash):
     inputs, model = batches()["left"], build(3)
     gradients = []

@@ -2,12 +2,13 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import left_padded, randomize, right_padded_batch, tiny_config
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from hkt_hf import (
     HKTForCausalLM,
@@ -92,6 +93,13 @@ def test_generation_goes_on_from_a_returned_cache_and_from_a_users_own():
     assert torch.equal(own, expected)
 
 
+def test_offloaded_weights_are_fetched_for_cached_steps():
+    expected = generate(decoder(num_levels=3), **prompts(), do_sample=False)
+    offloaded = decoder(num_levels=3)
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert torch.equal(generate(offloaded, **prompts(), do_sample=False), expected)
+
+
 def test_embeddings_can_be_the_prompt():
     model = decoder(num_levels=3)
     prompt = torch.randint(5, 40, (1, 9))
@@ -134,6 +142,19 @@ def test_loss_is_the_mean_over_the_next_tokens():
     torch.testing.assert_close(outputs.loss, torch.stack(terms).mean())
     split = model(input_ids, attention_mask=attention_mask, labels=labels, num_items_in_batch=torch.tensor(26))
     torch.testing.assert_close(split.loss, torch.stack(terms).sum() / 26)
+
+
+def test_a_trainer_smooths_the_labels_of_the_next_tokens(tmp_path):
+    """`Trainer` shifts the labels of those models that it knows to be causal."""
+    model = decoder()
+    input_ids = torch.randint(5, 40, (4, 20))
+    losses = []
+    for factor in (0.0, 1e-9):
+        options = {"report_to": "none", "use_cpu": True, "label_smoothing_factor": factor}
+        trainer = Trainer(model, TrainingArguments(str(tmp_path), **options))
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(model, {"input_ids": input_ids, "labels": input_ids}).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_only_the_logits_asked_for_are_computed():

@@ -166,6 +166,39 @@ def test_pooling_reads_what_it_says():
         assert torch.equal(pool(hidden_states, None, pooling), pool(hidden_states, torch.ones(2, 3), pooling))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_a_long_sequence_is_within_half_precision(dtype):
+    hidden_states = torch.full((1, 4096, 4), 20.0, dtype=dtype)
+    pooled = pool(hidden_states, torch.ones(1, 4096), "mean")
+    assert pooled.dtype == dtype and pooled.eq(20).all()
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_replicas_of_data_parallel_give_the_loss_of_the_model(auto_class):
+    """`nn.DataParallel` needs GPUs; what its replicas lack are parameters: theirs are plain tensors."""
+    model = randomize(tiny_head(auto_class))
+    modules = list(model.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        for name, child in module._modules.items():
+            setattr(replicas[module], name, replicas[child])
+        for name, parameter in module._parameters.items():
+            setattr(replicas[module], name, None if parameter is None else parameter.detach().clone())
+    assert not list(replicas[model].parameters())
+    input_ids, attention_mask = right_padded_batch([9, 5], 9)
+    one_a_row = torch.tensor([0, 1])
+    inputs = head_inputs(auto_class, input_ids, attention_mask)
+    inputs |= {
+        "AutoModel": {},
+        "AutoModelForMultipleChoice": {"labels": torch.tensor([1])},
+        "AutoModelForQuestionAnswering": {"start_positions": one_a_row, "end_positions": one_a_row},
+        "AutoModelForSequenceClassification": {"labels": one_a_row},
+        "AutoModelForTokenClassification": {"labels": input_ids % 2},
+    }.get(auto_class, {"labels": input_ids})
+    with torch.no_grad():
+        assert torch.equal(replicas[model](**inputs)[0], model(**inputs)[0])
+
+
 def test_levels_share_or_own_their_projections():
     own, shared = (HKTAttention(tiny_config(share_level_projections=share), 0) for share in (False, True))
     assert len(own.q_proj) == len(own.k_proj) == 3
