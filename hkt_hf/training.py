@@ -27,8 +27,8 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import CONFIG_NAME, cached_file
 
+from .architectures import ARCHITECTURES, architecture
 from .architectures import DEFAULT as DEFAULT_ARCHITECTURE
-from .architectures import architecture
 from .card import build_card
 from .checkpoints import (
     check_weights,
@@ -296,25 +296,30 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint (`str` or `Path`): a run's folder, one of its `checkpoint-N`, or a Hub id.
-        overrides (sequence of `str`): as in [`load_experiment`], e.g. `["--data.path", "my.csv"]`.
+        overrides (sequence of `str`): as in [`load_experiment`], e.g. `["--data.test_file", "my.csv"]` (with `--data.path`
+            the split is cut from that file as from the one before); not of the section `model`, which is trained.
         split (`str`, *optional*, defaults to `"test"`): `"train"`, `"validation"` or `"test"`.
 
     Returns:
         `dict`: loss and metrics.
 
     Raises:
-        ValueError: unknown split, an unfinished run, a checkpoint that lacks weights or its configuration, or data with
-            other labels.
+        ValueError: unknown split, an override of `model`, an unfinished run, a checkpoint that lacks weights or its
+            configuration, or data with other labels.
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"`split` must be 'train', 'validation' or 'test', got {split!r}")
     config, objective = checkpoint_experiment(checkpoint, overrides)
+    if config.model != checkpoint_experiment(checkpoint)[0].model:
+        raise ValueError(
+            f"section `model` can't be changed where {str(checkpoint)!r} is evaluated, got overrides {list(overrides)}"
+        )
     model, tokenizer = load_checkpoint(checkpoint, objective.auto_class)
     arguments = training_arguments(config, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
     with PartialState().local_main_process_first():
         task = load_data(config.data, need_labels=objective.needs_labels)
         objective.check_checkpoint(model, tokenizer, task)
-        logger.info("%s split of %s", split, task.description)
+        logger.info("%s split of %s: %d examples", split, task.description, len(task.splits[split]))
         wanted = datasets.DatasetDict({split: task.splits[split]})
         splits = objective.prepare(wanted, tokenizer, config, train_split=None)
     trainer = ExperimentTrainer(
@@ -423,7 +428,9 @@ def build_model_and_tokenizer(config: ExperimentConfig, task: TaskData):
                 f"`tokenizer.max_length` must be at most {positions}, the `max_position_embeddings` of {checkpoint!r}, "
                 f"got {config.tokenizer.max_length}"
             )
-        return model, load_tokenizer(checkpoint, model.config)
+        tokenizer = load_tokenizer(checkpoint, model.config)
+        tokenizer.model_max_length = config.tokenizer.max_length
+        return model, tokenizer
     tokenizer = new_tokenizer(config.tokenizer, task.tokenizer_kind, objective.split_special_tokens)
     fields = {"max_position_embeddings": config.tokenizer.max_length, **fields}
     found = architecture(fields.pop("model_type", DEFAULT_ARCHITECTURE))
@@ -532,8 +539,9 @@ def _load_backbone(checkpoint: str, fields: dict, auto_class: type):
                 raise ValueError(f"`model.{name}` is no field of the configuration of {checkpoint!r}")
             setattr(config, name, value)
         config.validate()
+        # Half precision is for the computation, as `bf16` and `fp16` say: small updates of weights would be lost in it.
         model, info = auto_class.from_pretrained(
-            checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            checkpoint, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except StrictDataclassError as error:
         raise ValueError(f"section `model` does not fit `model.checkpoint` {checkpoint!r}: {error}") from error
@@ -543,10 +551,13 @@ def _load_backbone(checkpoint: str, fields: dict, auto_class: type):
     prefix = f"{model.base_model_prefix}."
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     wrong = sorted(key for key in [*info["missing_keys"], *mismatched] if key.startswith(prefix))
+    if config.model_type in ARCHITECTURES:  # others may have a pooler that no head of theirs here reads
+        parts = tuple(f"{name}." for name, _ in model.base_model.named_children())
+        wrong += sorted(key for key in info["unexpected_keys"] if key.removeprefix(prefix).startswith(parts))
     if wrong:
         raise ValueError(
-            f"checkpoint {checkpoint!r} does not fit the section `model`: {len(wrong)} weights are missing or have "
-            f"another shape, first {wrong[0]!r}"
+            f"checkpoint {checkpoint!r} does not fit the section `model`: {len(wrong)} weights are missing, have another "
+            f"shape or no place, first {wrong[0]!r}"
         )
     return model
 

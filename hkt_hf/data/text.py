@@ -1,6 +1,8 @@
 """Reading labelled text from files or the Hub: sources, columns, labels and splits."""
 
+import csv
 import difflib
+import gzip
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 
-# How each suffix is read: the builder of `datasets` and its settings. In CSV, "NA" or "null" may be a text.
+# How each suffix is read: the builder of `datasets` and its settings. In CSV, "NA" or "null" may be a text, so that a label
+# that is missing is found by its name.
 _CSV = {"keep_default_na": False}
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", _CSV),
@@ -33,6 +36,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HIDDEN_LABEL = -1
+_MISSING = ("na", "n/a", "#n/a", "nan", "null", "none")
 
 
 # --- Sources ---------------------------------------------------------------------------------------------------------
@@ -50,7 +54,7 @@ def read_files(files: Mapping[str, str], cache_dir: str | None = None) -> dict[s
 
     Raises:
         FileNotFoundError: no such local file.
-        ValueError: unsupported suffix, or a file that can't be read.
+        ValueError: unsupported suffix, or a file that can't be read, or has more fields in a row than in its header.
     """
     for split, file in files.items():
         _check_file(file, f"`data.{split}_file`")
@@ -135,11 +139,60 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
 
 def _read(files: list[str], split: str, cache_dir: str | None) -> datasets.Dataset:
     builder, settings = _FORMATS[_suffix(files[0])]
+    if builder == "csv":
+        local = [file for file in files if "://" not in file]
+        separator = settings.get("sep", ",")
+        if separator == "\t" and not all(_is_quoted(file) for file in local):
+            settings = {**settings, "quoting": csv.QUOTE_NONE}
+        for file in local:
+            _check_first_row(file, separator, settings.get("quoting", csv.QUOTE_MINIMAL))
     try:
         return datasets.load_dataset(builder, data_files={split: files}, split=split, cache_dir=cache_dir, **settings)
     except (DatasetsError, pa.ArrowException, StopIteration, ValueError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{split}: {files} can't be read as {builder}, or holds no examples: {reason}") from error
+
+
+def _open(file: str):
+    return (gzip.open if file.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8-sig", newline="")
+
+
+def _is_quoted(file: str) -> bool:
+    """Whether quotation marks enclose fields of a tab-separated file, as spreadsheets write them, or are part of the texts.
+
+    They are text if each line is a row, and on some line they do not enclose whole fields.
+    """
+    try:
+        with _open(file) as lines:
+            num_tabs = next(lines, "").count("\t")
+            is_each_whole = True
+            for line in lines:
+                if line.count("\t") != num_tabs and line.strip():
+                    return True
+                if is_each_whole and '"' in line:
+                    try:
+                        # Strictly: nothing between a closing quotation mark and the next tab.
+                        is_each_whole = len(next(csv.reader([line], delimiter="\t", strict=True))) == num_tabs + 1
+                    except csv.Error:
+                        is_each_whole = False
+            return is_each_whole
+    except UnicodeDecodeError:
+        return True  # the reader says so
+
+
+def _check_first_row(file: str, separator: str, quoting: int) -> None:
+    """ValueError for a row of more fields than the header: pandas would take the first for an index, and drop it."""
+    try:
+        with _open(file) as lines:
+            rows = (row for row in csv.reader(lines, delimiter=separator, quoting=quoting) if row)
+            header, first = next(rows, []), next(rows, [])
+    except (UnicodeDecodeError, csv.Error):
+        return  # the reader says so
+    if len(first) > len(header):
+        raise ValueError(
+            f"{file!r} has {len(header)} fields in its header, {header}, and {len(first)} in its first row: a text that holds "
+            f"{separator!r} must be in quotation marks"
+        )
 
 
 def _read_hub(path: str, subset: str | None, cache_dir: str | None) -> dict[str, datasets.Dataset]:
@@ -339,7 +392,13 @@ def _encode_integers(columns: Mapping[str, pa.ChunkedArray], column: str, names:
 
 
 def _encode_strings(columns: Mapping[str, pa.ChunkedArray], column: str, names: Sequence[str] | None) -> Labels:
-    names = list(names) if names is not None else sorted(columns["train"].unique().to_pylist())
+    if names is None:
+        names = sorted(columns["train"].unique().to_pylist())
+        missing = [name for name in names if name.strip().lower() in _MISSING]
+        if missing and all(_is_number(name) for name in names if name not in missing):
+            row = pc.index(columns["train"], pa.scalar(missing[0], columns["train"].type)).as_py()
+            raise ValueError(f"column {column!r} of train holds numbers, but {missing[0]!r} in row {row}")
+    names = list(names)
     values = {}
     for split, labels in columns.items():
         where = f"column {column!r} of {split}"
@@ -352,6 +411,14 @@ def _encode_strings(columns: Mapping[str, pa.ChunkedArray], column: str, names: 
             raise ValueError(f"{where} holds the unknown label {labels[row].as_py()!r} in row {row}; known: {names}")
         values[split] = ids.to_numpy().astype(np.int64)
     return Labels(values, SINGLE_LABEL, names)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _encode_decimals(columns: Mapping[str, pa.ChunkedArray], column: str) -> Labels:

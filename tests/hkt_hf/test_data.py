@@ -270,6 +270,40 @@ def test_not_a_number(tmp_path):
         load(tmp_path, path=file)
 
 
+@pytest.mark.parametrize("missing", ["NA", "nan", "null", "n/a"])
+@pytest.mark.parametrize("scale", [1, 0.1])
+def test_a_number_that_is_missing_makes_no_class(missing, scale, tmp_path):
+    examples = [{"text": f"a {i}", "label": missing if i == 7 else i % 4 * scale} for i in range(20)]
+    with pytest.raises(ValueError, match=f"holds numbers, but '{missing}' in row 7"):
+        load(tmp_path, path=write_csv(tmp_path / "a.csv", examples))
+    names = [{"text": "a", "label": ("x", "NA")[i % 2]} for i in range(20)]
+    assert load(tmp_path, path=write_csv(tmp_path / "b.csv", names)).label_names == ["NA", "x"]
+
+
+@pytest.mark.parametrize("suffix, separator", [(".csv", ","), (".tsv", "\t")])
+def test_a_row_of_more_fields_than_the_header(suffix, separator, tmp_path):
+    """pandas would take the first field of each row for an index."""
+    file = tmp_path / f"train{suffix}"
+    lines = [separator.join((f"long {i}", "and thoughtful", str(i % 2))) for i in range(20)]
+    file.write_text("\n".join([f"text{separator}label", *lines]))
+    with pytest.raises(ValueError, match=r"2 fields in its header, .* and 3 in its first row"):
+        load(tmp_path, path=str(file))
+
+
+def test_quotation_marks_in_a_tab_separated_file(tmp_path):
+    """As in GLUE, where they are part of the texts; and as spreadsheets write them, even around a line break."""
+    said = ['"a quote that opens only', '"another', '"whole"', 'in "the" middle', *(f"plain {i}" for i in range(16))]
+    plain = tmp_path / "plain.tsv"
+    plain.write_text("text\tlabel\n" + "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(said)))
+    lines = [{"text": f'one\nline, "{i}"', "label": i % 2} for i in range(20)]
+    for file, expected in (
+        (str(plain), said),
+        (write_csv(tmp_path / "sheet.tsv", lines, "\t"), [row["text"] for row in lines]),
+    ):
+        found = texts(load(tmp_path, path=file))
+        assert sorted(text for split in found.values() for text in split) == sorted(expected)
+
+
 def test_bad_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`data.train_file`=.*no such file"):
         load(tmp_path, train_file=str(tmp_path / "none.csv"))

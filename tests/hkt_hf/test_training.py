@@ -179,16 +179,39 @@ def test_regression_and_fine_tuning_from_a_checkpoint(tmp_path, finished_run):
     assert "Fine-tuned from `listops`" in card and "license" not in card and str(finished_run[0]) not in card
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     assert model.config.num_labels == 1 and model.config.problem_type == "regression"
-    with pytest.raises(ValueError, match="does not fit"):
-        train(
-            build_experiment(
-                experiment(
-                    tmp_path / "other",
-                    model={"checkpoint": str(finished_run[0]), "num_levels": 3},
-                    data={"task": "text", "path": str(tmp_path / "scores.csv")},
+    for change in ({"num_levels": 3}, {"share_level_projections": True}, {"score_symmetry": "psd"}):
+        with pytest.raises(ValueError, match=r"does not fit the section `model`: \d+ weights are missing, have"):
+            train(
+                build_experiment(
+                    experiment(
+                        tmp_path / "other",
+                        model={"checkpoint": str(finished_run[0]), **change},
+                        data={"task": "text", "path": str(tmp_path / "scores.csv")},
+                    )
                 )
             )
-        )
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_full_precision_and_at_the_length_that_is_asked_for(
+    tmp_path, finished_run
+):
+    shutil.copytree(finished_run[0], tmp_path / "half")
+    AutoModelForSequenceClassification.from_pretrained(finished_run[0], dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "half"
+    )
+    changes = {"model": {"checkpoint": str(tmp_path / "half"), **TINY_MODEL}, "tokenizer": {"max_length": 8}}
+    train(build_experiment(experiment(tmp_path / "run", **changes)))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").model_max_length == 8
+    text = "[MAX 1 2 3 [MIN 4 5 6 7 8 9 ] ]"
+    (whole,), (cut,) = (predict(tmp_path / "run", [words]) for words in (text, text[: text.index(" 7")]))
+    assert whole == cut
+
+
+def test_a_trained_model_is_not_another_one_when_it_is_evaluated(finished_run):
+    with pytest.raises(ValueError, match="section `model` can't be changed"):
+        evaluate_checkpoint(finished_run[0], ["--model.num_levels", "1"])
 
 
 @pytest.mark.parametrize("segments", [False, True])
