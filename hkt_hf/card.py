@@ -4,7 +4,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .architectures import ARCHITECTURES
 from .environment import commit
+from .modeling import HKTConfig
 from .objectives import Objective
 
 
@@ -70,7 +72,8 @@ def build_card(
         base_model (`str`, *optional*): folder or Hub id of the checkpoint that was fine-tuned. Its licence is not
             known here, so the card then names none.
     """
-    is_hkt = model.config.model_type == "hkt"
+    is_hkt = model.config.model_type == HKTConfig.model_type
+    has_code = model.config.model_type in ARCHITECTURES
     revision = commit()
     results = [
         EvalResult(
@@ -109,10 +112,10 @@ def build_card(
         code=f"hkt-hf, commit {revision}" if revision else "hkt-hf",
         results=_table(metrics),
         location=name,
-        trust=", trust_remote_code=True" if is_hkt else "",
+        trust=", trust_remote_code=True" if has_code else "",
         trust_note=" With the package `hkt_hf` imported, `trust_remote_code` is not "
         "needed; the tokenizer has no code of its own, but transformers asks before it reads the model's configuration."
-        if is_hkt
+        if has_code
         else "",
     )
     return ModelCard(content)

@@ -70,7 +70,7 @@ def main(words: list[str]) -> None:
 
 
 def _summary(report: list[dict], key: str | None = None, value: int | None = None) -> dict:
-    """Mean kurtosis over heads by layer and level, and the share of rejections at 1%."""
+    """Mean kurtosis over heads by layer and level, and the shares of rejections at 1%, by kurtosis and by skewness."""
     found = [entry for entry in report if key is None or entry[key] == value]
     summary: dict = {} if key is None else {key: value}
     summary["expected_kurtosis"] = found[0]["expected_kurtosis"]
@@ -81,6 +81,7 @@ def _summary(report: list[dict], key: str | None = None, value: int | None = Non
                 summary[f"{of}, layer {layer}, level {level}"] = {
                     "kurtosis": round(float(np.mean([entry["kurtosis"] for entry in each])), 2),
                     "rejected": round(float(np.mean([entry["kurtosis_p_value"] < 0.01 for entry in each])), 3),
+                    "rejected_by_skewness": round(float(np.mean([e["skewness_p_value"] < 0.01 for e in each])), 3),
                     "samples": each[0]["num_samples"],
                 }
     return summary

@@ -18,6 +18,12 @@ from ..modeling.modeling_hkt import HKTAttention
 SHARPNESS = 40.0
 """Nats between the tap that a head looks at and the next one: exp(-40) is below the rounding of float64."""
 
+MIN_HEAD_DIM = 16
+"""Least width of a head: fewer rotary frequencies come back to nearly the same angles too soon."""
+
+MAX_SCORE_ERROR = 0.1
+"""Nats that rounding may move a score."""
+
 
 def as_standard_attention(attention: nn.Module, num_levels: int = 1) -> HKTAttention:
     """An HKT layer that computes what a standard multi-head self-attention layer does.
@@ -97,13 +103,13 @@ class AttentionConvolution(nn.Module):
         self.in_channels, self.out_channels = convolution.in_channels, convolution.out_channels
         self.history = (taps - 1) * self.dilation
         self.max_length = max_length
-        head_dim = max(2, self.in_channels + self.in_channels % 2)  # rotary positions turn pairs
+        head_dim = max(MIN_HEAD_DIM, self.in_channels + self.in_channels % 2)  # rotary positions turn pairs
         width = max(self.in_channels, self.out_channels)
         config = _config(width, taps, head_dim, 1, "rope")
         self.attention = HKTAttention(config, layer_idx=0)
         self.rotary_emb = RotaryEmbedding(config)
-        self._set_weights(convolution)
         self.to(convolution.weight.device, convolution.weight.dtype)
+        self._set_weights(convolution)
 
     @torch.no_grad()
     def _set_weights(self, convolution: nn.Conv1d) -> None:
@@ -111,10 +117,16 @@ class AttentionConvolution(nn.Module):
         for parameter in attention.parameters():
             parameter.zero_()
         pairs = attention.head_dim // 2
-        frequencies = self.rotary_emb.inv_freq.double()
+        frequencies = self.rotary_emb.inv_freq.double().cpu()
         # <R_i b_q, R_j b_k> with b_q = b_k turned back by tau is the sum of cos((i - j - tau) f) over the frequencies.
         distances = torch.arange(1, self.max_length + 2 * self.history + 1, dtype=torch.float64)
         gap = (1 - (distances[:, None] * frequencies).cos()).sum(1).min().item()
+        # The largest score by what rounding leaves of it: the angles are those of float32 in any dtype.
+        if SHARPNESS / gap * pairs * torch.finfo(torch.float32).eps > MAX_SCORE_ERROR:
+            raise ValueError(
+                f"`max_length` ({self.max_length}) and the convolution's {self.history} tokens of history are too long: two of "
+                f"their rotary angles differ too little for float32 (by {gap:.1e})"
+            )
         amplitude = math.sqrt(SHARPNESS / (gap * attention.scaling))
         kernel = _dense_kernel(convolution)
         query_bias = torch.zeros(taps, attention.head_dim, dtype=torch.float64)
@@ -126,11 +138,11 @@ class AttentionConvolution(nn.Module):
             query_bias[tap, pairs:] = -amplitude * angle.sin()
             rows = slice(tap * attention.head_dim, tap * attention.head_dim + self.in_channels)
             attention.v_proj.weight[rows, : self.in_channels] = torch.eye(self.in_channels)
-            attention.o_proj.weight[: self.out_channels, rows] = kernel[:, :, taps - 1 - tap].float()
+            attention.o_proj.weight[: self.out_channels, rows] = kernel[:, :, taps - 1 - tap]
         attention.q_proj[0].bias.copy_(query_bias.flatten())
         attention.k_proj[0].bias.copy_(key_bias.flatten())
         if convolution.bias is not None:
-            attention.o_proj.bias[: self.out_channels] = convolution.bias.float()
+            attention.o_proj.bias[: self.out_channels] = convolution.bias
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Convolve `(B, T, C_in)`; ValueError for another number of channels or more than `max_length` tokens."""
@@ -160,7 +172,7 @@ def as_causal_convolution(convolution: nn.Conv1d, max_length: int = 512) -> Atte
 
     Raises:
         TypeError: not an `nn.Conv1d`.
-        ValueError: a stride above 1, or `max_length` below 1.
+        ValueError: a stride above 1, or `max_length` below 1 or so large that rotary angles come too near to each other.
     """
     if type(convolution) is not nn.Conv1d:
         raise TypeError(f"`convolution` must be an nn.Conv1d, got {type(convolution).__name__}")

@@ -246,8 +246,8 @@ def run_sweep(
 
     A row is taken as it is when the file has it with the same configuration, protocol, threads, versions and machine,
     and with all entries that are asked for. The commit is recorded with each row, but a new one measures nothing anew:
-    `fresh=True` does. Where entries are missing, those that the row has are measured again beside the new ones, so that
-    all of a row stand in one run. Other rows of the file stay.
+    `fresh=True` does. Where a row is measured, the entries that it has besides those asked for are measured again, so that
+    all of a row stand in one run and none is lost. Other rows of the file stay.
 
     Args:
         sweep ([`OperatorSweep`] or [`ModelSweep`]): what to measure.
@@ -285,6 +285,7 @@ def run_sweep(
                 if old["made"]["commit"] != made["commit"]:
                     logger.info("kept from commit %s: %s", old["made"]["commit"], configuration)
                 continue
+        if old is not None:
             names = [*names, *(name for name in old["entries"] if name not in names)]
         # The first call, the second, the one for memory, and the turns.
         steps = 3 + protocol.warm_up + protocol.repeats

@@ -25,6 +25,7 @@ from hkt_hf.analysis import (
     approximation_report,
     as_causal_convolution,
     as_standard_attention,
+    constructions,
     decay_rates,
     directional_report,
     gaussianity_report,
@@ -430,6 +431,22 @@ def test_hkt_attention_is_a_causal_convolution(channels, taps, dilation, is_dept
     with torch.no_grad():
         found = as_causal_convolution(convolution, max_length=64)(hidden_states)
         torch.testing.assert_close(found, convolution(padded).transpose(1, 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("in_channels", [1, 2])
+def test_long_inputs_of_few_channels_are_convolved_exactly(in_channels, dtype, monkeypatch):
+    """710 tokens are 113 turns of the fastest rotary frequency, but for 2e-9 of one: with that alone they would be one."""
+    convolution = nn.Conv1d(in_channels, 2, 3, dtype=dtype)
+    hidden_states = torch.randn(1, 1024, in_channels, dtype=dtype)
+    padded = nn.functional.pad(hidden_states.transpose(1, 2), (2, 0))
+    with torch.no_grad():
+        found = as_causal_convolution(convolution, max_length=1024)(hidden_states)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-14
+    torch.testing.assert_close(found, convolution(padded).transpose(1, 2), rtol=0, atol=tolerance)
+    monkeypatch.setattr(constructions, "MIN_HEAD_DIM", 2)
+    with pytest.raises(ValueError, match=r"`max_length` \(1024\) .* too little for float32"):
+        as_causal_convolution(convolution, max_length=1024)
 
 
 def test_constructions_refuse_what_they_can_not_do():

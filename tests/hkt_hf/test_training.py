@@ -230,6 +230,7 @@ def test_hsa_trains_evaluates_and_predicts(tmp_path, segments):
     report = train(build_experiment(values))
     assert report["steps"] == 8 and set(report["test"]) == {"loss", "accuracy"}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "hsa"
+    assert "trust_remote_code=True" in (tmp_path / "run" / "README.md").read_text()
     assert evaluate_checkpoint(tmp_path / "run")["loss"] == pytest.approx(report["test"]["loss"], abs=1e-6)
 
     text = "Film 3. It was good."
