@@ -242,6 +242,7 @@ def test_the_figures_on_gaussianity_are_the_measured_ones():
         found = [entry[f"queries, layer {layer}, level 0"] for layer in (0, 1)]
         assert [[f"{each['kurtosis']:.1f}, {each['rejected']:.0%}" for each in found]] == rows_of(text, name)
         assert {each["samples"] for each in found} == {442}
+        assert {each["rejected_by_skewness"] for each in found} == {1.0}
 
 
 def test_the_speed_that_is_claimed_is_reached():
