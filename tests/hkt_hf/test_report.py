@@ -778,7 +778,7 @@ def test_the_evidence_for_defaults_is_that_of_the_records():
 
 
 def test_the_figures_on_pretraining_are_those_of_the_records():
-    """What docs/experiments.md says of IMDB after masked LM on its own training reviews."""
+    """What docs/experiments.md says of IMDB and CIFAR-10 after masked LM on their own training inputs."""
     text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
     arms = arms_of(RESULTS)
     runs = {name: arms["imdb", f"{name}-pretrained (RoPE)"].finished for name in ("flat", "hkt")}
@@ -795,6 +795,17 @@ def test_the_figures_on_pretraining_are_those_of_the_records():
     welch = stats.ttest_ind(accuracies["hkt"], accuracies["flat"], equal_var=False)
     interval = welch.confidence_interval()
     assert f"gives {interval.low:+.2f} to {interval.high:+.2f}, p {welch.pvalue:.3f}" in text
+    pixels = {name: arms["cifar10", f"{name}-pretrained (RoPE)"].finished for name in ("flat", "hkt")}
+    assert pixels["flat"].keys() == pixels["hkt"].keys() == {0, 1, 2}
+    of_pixels = {name: [100 * pixels[name][seed]["test_accuracy"] for seed in (0, 1, 2)] for name in pixels}
+    flat, hkt = (f"{statistics.mean(of_pixels[name]):.2f}%" for name in ("flat", "hkt"))
+    scratch = [f"{arms['cifar10', f'{name} (RoPE)'].mean('test_accuracy'):.2%}" for name in ("flat", "hkt")]
+    assert f"give flat attention {flat} and HKT {hkt} (from scratch: {scratch[0]} and {scratch[1]}, five seeds)" in text
+    found = paired_difference(of_pixels["hkt"], of_pixels["flat"])
+    assert f"gain is {found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, p {found['p_value']:.3f})" in text
+    for name, shown in (("flat", "of the masked pixels right with flat attention"), ("hkt", "with HKT")):
+        masked = sorted(run["pretraining"]["masked_accuracy"] for run in pixels[name].values())
+        assert f"{masked[0]:.1%} to {masked[-1]:.1%} {shown}" in text
     for name, shown in (("flat", "of the masked bytes right with flat attention"), ("hkt", "with HKT")):
         masked = sorted(run["pretraining"]["masked_accuracy"] for run in runs[name].values())
         assert f"{masked[0]:.1%} to {masked[-1]:.1%} {shown}" in text
