@@ -118,6 +118,12 @@ def test_the_figures_on_speed_are_the_measured_ones():
         ((_, *ratios),) = rows_of(text, f"{length:,}")
         expected = [f"{measured[name]['ratio']:.2f}" if name in measured else "not run" for name in names[1:]]
         assert ratios == expected
+    taps = json.loads((ROOT / "results" / "taps.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["length"] for row in taps] == [512, 1024, 2048, 4096]
+    *some, last = (f"{row['four_taps']['paired_ratio']:.2f}" for row in taps)
+    assert f"{', '.join(some)} and {last} times as long at T = 512, 1,024, 2,048 and 4,096" in " ".join(text.split())
+    *some, last = (f"{1 / row['flat']['paired_ratio']:.2f}" for row in taps)
+    assert f"two taps took {', '.join(some)} and {last} times as long as flat" in " ".join(text.split())
     models = json.loads((ROOT / "results" / "training_step.json").read_text(encoding="utf-8"))["models"]
     (step,) = rows_of(text, "whole step, not profiled")
     assert step == [f"{1e3 * model['seconds']:.0f} ({model['ratio']:.2f}x)" for model in models.values()]
