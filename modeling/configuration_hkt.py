@@ -44,7 +44,7 @@ class HKTConfig(PreTrainedConfig):
         downsample_kernel_size (`int`, *optional*, defaults to 4):
             Taps `K` of the causal convolution between two levels. The default is what does best: on ListOps 47.6, 48.5 and 49.6%
             with two, three and four, means of three seeds, and on CIFAR-10 29.1 and 30.3% with two and four, of five
-            (`results/reproduce/report.md`, where every other arm has two).
+            (`results/reproduce/report.md`, where arms have two unless their name says otherwise).
         downsample_type (`str`, *optional*, defaults to `"depthwise"`):
             `"depthwise"` (`K * d` weights a level) or `"dense"` (`K * d * d`).
         share_level_projections (`bool`, *optional*, defaults to `False`):

@@ -800,9 +800,13 @@ def test_the_figures_on_pretraining_are_those_of_the_records():
     of_pixels = {name: [100 * pixels[name][seed]["test_accuracy"] for seed in (0, 1, 2)] for name in pixels}
     flat, hkt = (f"{statistics.mean(of_pixels[name]):.2f}%" for name in ("flat", "hkt"))
     scratch = [f"{arms['cifar10', f'{name} (RoPE)'].mean('test_accuracy'):.2%}" for name in ("flat", "hkt")]
-    assert f"give flat attention {flat} and HKT {hkt} (from scratch: {scratch[0]} and {scratch[1]}, five seeds)" in text
+    assert (
+        f"give flat attention {flat} and HKT {hkt} (from scratch: {scratch[0]} and {scratch[1]}, five seeds)" in text
+    )
     found = paired_difference(of_pixels["hkt"], of_pixels["flat"])
-    assert f"gain is {found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, p {found['p_value']:.3f})" in text
+    assert (
+        f"gain is {found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, p {found['p_value']:.3f})" in text
+    )
     for name, shown in (("flat", "of the masked pixels right with flat attention"), ("hkt", "with HKT")):
         masked = sorted(run["pretraining"]["masked_accuracy"] for run in pixels[name].values())
         assert f"{masked[0]:.1%} to {masked[-1]:.1%} {shown}" in text
