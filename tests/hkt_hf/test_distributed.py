@@ -77,7 +77,8 @@ def test_a_trainer_in_two_processes_trains_like_one(case, engine, request, tmp_p
         assert rank["shards"].keys() == names
         assert all(local[0] <= (shape[0] + 1) // 2 for shape, local in rank["shards"].values())
     torch.testing.assert_close(found[0]["losses"], expected["losses"], rtol=0, atol=1e-5)
-    assert len(expected["losses"]) == steps and expected["losses"][-1] < expected["losses"][0]
+    assert len(expected["losses"]) == len(expected["gradients"]) == steps
+    assert all(max(part.abs().max() for part in step.values()) > 1e-3 for step in expected["gradients"])
     model, info = trainer_steps.CASES[case].from_pretrained(folder / case, output_loading_info=True)
     assert not any(info.values())
     torch.testing.assert_close(model.state_dict(), expected["weights"], rtol=0, atol=1e-4)
