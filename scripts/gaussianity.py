@@ -3,8 +3,8 @@
 usage: python scripts/gaussianity.py [CONFIG] [--section.key VALUE ...]
 
 CONFIG is what is trained, by default `listops-hkt-tiny`, with two taps of downsampling, as in the result, and learned absolute
-positions: with rotary ones the vectors of the first layer are no more different ones than there are tokens. Untrained models have its fields but for the width; heads
-stay 16 wide, as in the paper's figure. An interrupted training goes on.
+positions: with rotary ones the vectors of the first layer are no more different ones than there are tokens. Untrained models
+have its fields but for the width; heads stay 16 wide, as in the paper's figure. An interrupted training goes on.
 """
 
 import json

@@ -22,8 +22,7 @@ SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 
-# How each suffix is read: the builder of `datasets` and its settings. In CSV, "NA" or "null" may be a text, so that a label
-# that is missing is found by its name.
+# How each suffix is read: the builder of `datasets` and its settings. In CSV, "NA" or "null" may be a text.
 _CSV = {"keep_default_na": False}
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", _CSV),
@@ -36,6 +35,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HIDDEN_LABEL = -1
+# What stands in CSV for a number that is missing, in lower case.
 _MISSING = ("na", "n/a", "#n/a", "nan", "null", "none")
 
 
