@@ -32,6 +32,7 @@ OPERATOR_MODES = ("forward", "forward_backward")
 MODEL_MODES = ("forward", "forward_backward", "train_step", "decode_step")
 NUM_LABELS = 2
 NYSTROMFORMER_LANDMARKS = 64
+LONGFORMER_WINDOW = 512
 BIG_BIRD_FULL_LENGTH = 704
 """Up to here BigBird of transformers has full attention: 5 + 2 * 3 blocks of 64."""
 
@@ -391,8 +392,13 @@ def _modernbert(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
     )
 
 
+def longformer_window(length: int) -> int:
+    """Attention window of Longformer: its 512; of sequences shorter than that a quarter, where 512 would be no window."""
+    return LONGFORMER_WINDOW if length >= LONGFORMER_WINDOW else max(2 * (length // 8), 2)
+
+
 def _longformer(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
-    return _library_model("longformer", sizes, is_decoder, attention_window=512)
+    return _library_model("longformer", sizes, is_decoder, attention_window=longformer_window(sizes.length))
 
 
 def _big_bird(sizes: ModelSizes, is_decoder: bool) -> nn.Module:
@@ -519,7 +525,10 @@ PEERS: dict[str, Peer] = {
         "flat SDPA in every layer (no local ones), rotary positions, gated feed-forward; transformers 5.23 forms the T x T "
         "mask of local layers all the same",
     ),
-    "longformer": Peer(_longformer, "window of 512, to a multiple of which it pads; the first token is global"),
+    "longformer": Peer(
+        _longformer,
+        "window of 512, or of a quarter of a shorter sequence, to a multiple of which it pads; the first token is global",
+    ),
     "big_bird": Peer(
         _big_bird, "blocks of 64, 3 random ones; full attention up to 704 tokens, as the library decides"
     ),

@@ -9,7 +9,7 @@ What a peer reads of a sequence to classify it:
   our code.
 - `"modernbert"`: the mean over the real tokens, then its own head (dense, GELU, norm, linear; arXiv 2412.13663).
 - `"longformer"`, `"big_bird"`: their own heads on the first token, which sees all and is seen by all (global attention,
-  arXiv 2004.05150 section 3, 2007.14062 section 2).
+  arXiv 2004.05150 section 3, 2007.14062 section 2). Longformer's window is 512, or a quarter of a shorter `length`.
 - `"fnet"`: its own pooler on the first token, which holds the sum over all tokens after each Fourier transform.
 - any other `model_type` of transformers: its own head for sequence classification, which reads the first token of most
   encoders and the last real one of most decoders; where there is none, the mean over the real tokens.

@@ -330,6 +330,13 @@ def test_notes_say_what_ran(monkeypatch):
     assert registry.PEERS.keys() == {name for name in registry.PEERS if note(name, 64)}
 
 
+@pytest.mark.parametrize(("length", "window"), [(2, 2), (64, 16), (254, 62), (511, 126), (512, 512), (4096, 512)])
+def test_the_window_of_longformer_is_shorter_than_a_short_sequence(length, window):
+    assert registry.longformer_window(length) == window
+    encoder = registry.PEERS["longformer"].build(ModelSizes(length, **TINY), False)
+    assert encoder.config.attention_window == [window] * encoder.config.num_hidden_layers
+
+
 def test_peers_that_cannot_run_say_why(monkeypatch):
     with pytest.raises(NotAvailableError, match="an encoder has no decoding step"):
         model_step("longformer", "decode_step", ModelSizes(64, **TINY))
