@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .checks_common import values_can_be_read
 from .memory_common import keep_freed_memory
 from .tree_hsa import SignalTree, TreeLevel
 
@@ -164,16 +165,18 @@ def _up(query, key, value, counts, rows, phi, eps, self_loop: bool, scale: float
 
 
 def _regular(query, key, value, tree, mask, rows, eps, self_loop, scale):
-    leaf_values = value
+    if tree.size == 0:
+        return value, value.new_zeros(value.shape[:2])
     if mask is None and bool((tree.lengths == tree.size).all()):
         counts = query.new_ones(tree.size)
         real = None
     else:
         real = tree.mask if mask is None else tree.mask & (mask != 0)
         counts = real[:, None].to(query.dtype)  # (B, 1, N): the same for all heads
-        query, key, value = (states * counts.unsqueeze(-1) for states in (query, key, value))
+        query, key, value = (_without(states, real[:, None]) for states in (query, key, value))
     if rows is not None:
         rows = rows[:, None] * counts
+    leaf_values = value
     phi, saved = None, []
     for level, branching in enumerate(tree.branching):
         length = query.shape[-2]
@@ -211,12 +214,12 @@ def _ragged(query, key, value, tree, mask, rows, eps, self_loop, scale):
         return states.transpose(0, 1).flatten(1, 2).index_select(1, order)
 
     query, key, value = pack(query), pack(key), pack(value)
+    counts = query.new_ones(len(order))
+    if mask is not None:
+        real = (mask != 0).flatten()[order]
+        counts = real.to(query.dtype)
+        query, key, value = (_without(states, real) for states in (query, key, value))
     leaf_values = value
-    if mask is None:
-        counts = query.new_ones(len(order))
-    else:
-        counts = (mask != 0).flatten()[order].to(query.dtype)
-        query, key, value = (states * counts.unsqueeze(-1) for states in (query, key, value))
     if rows is not None:
         rows = rows.flatten()[order] * counts
     phi, saved = None, []
@@ -250,9 +253,14 @@ def _ragged(query, key, value, tree, mask, rows, eps, self_loop, scale):
         output, mass = given, kept
     output = output + mass.unsqueeze(-1) * leaf_values
     if mask is not None:
-        output = output * (mask != 0).flatten()[order].unsqueeze(-1)
+        output = _without(output, real)
     full = output.new_zeros(heads, batch_size * size, width).index_copy(1, order, output)
     return full.unflatten(1, (batch_size, size)).transpose(0, 1), phi.transpose(0, 1)
+
+
+def _without(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """`states (..., n, e)` with zeros where `real (..., n)` is false, whatever stands there: NaN times zero is NaN."""
+    return torch.where(real.unsqueeze(-1), states, 0.0)
 
 
 def _gather(states: torch.Tensor, children: torch.Tensor) -> torch.Tensor:
@@ -268,8 +276,12 @@ def _causal(query, key, value, tree, mask, eps, self_loop, scale):
         return states.transpose(0, 1).flatten(1, 2).index_select(1, order)
 
     leaf_query, leaf_key, leaf_value = pack(query), pack(key), pack(value)
-    counts = leaf_query.new_ones(len(order)) if mask is None else (mask != 0).flatten()[order].to(query.dtype)
-    key, value = (states * counts.unsqueeze(-1) for states in (leaf_key, leaf_value))
+    counts = leaf_query.new_ones(len(order))
+    if mask is not None:
+        real = (mask != 0).flatten()[order]
+        counts = real.to(query.dtype)
+        leaf_query, leaf_key, leaf_value = (_without(states, real) for states in (leaf_query, leaf_key, leaf_value))
+    key, value = leaf_key, leaf_value
     own = scale * (leaf_query * leaf_key).sum(-1)
     scores, values = [], []
     nodes = torch.arange(len(order), device=order.device)  # the ancestor of each leaf at the level
@@ -313,7 +325,7 @@ def _causal(query, key, value, tree, mask, eps, self_loop, scale):
         output = output + (part.unsqueeze(-2) @ _gather(padded_value, rows)).squeeze(-2)
         start += rows.shape[1]
     if mask is not None:
-        output = output * (mask != 0).flatten()[order].unsqueeze(-1)
+        output = _without(output, real)
     full = output.new_zeros(heads, batch_size * size, width).index_copy(1, order, output)
     return full.unflatten(1, (batch_size, size)).transpose(0, 1)
 
@@ -363,7 +375,7 @@ def hsa_matrix(
     for row in range(batch_size):
         for head in range(heads):
             positions = None if eps is None else [
-                None if each is None else (each if each.dim() == 2 else each[head]).double() for each in eps
+                None if each is None else (each if each.dim() == 2 else each[head % len(each)]).double() for each in eps
             ]  # fmt: skip
             reference = _Reference(query[row, head], key[row, head], real[row], positions, self_loop, scale)
             fill = reference.fill_causal if is_causal else reference.fill
@@ -485,6 +497,13 @@ class _Reference:
         visit(root, [])
 
 
+def check_is_tree(tree: SignalTree) -> None:
+    """ValueError for anything else, also for a tree of other code, such as that which came with a checkpoint."""
+    if not isinstance(tree, SignalTree):
+        wanted, got = (f"{each.__module__}.{each.__qualname__}" for each in (SignalTree, type(tree)))
+        raise ValueError(f"`tree` must be a {wanted}, got a {got}")
+
+
 def _check(query, key, value, tree, mask, eps, is_causal: bool, row_weights=None) -> None:
     for name, states in (("query", query), ("key", key), ("value", value)):
         if states.dim() != 4:
@@ -496,15 +515,18 @@ def _check(query, key, value, tree, mask, eps, is_causal: bool, row_weights=None
             "`query`, `key` and `value` must agree in batch, heads and length, and query and key in width, got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if not isinstance(tree, SignalTree):
-        raise ValueError(f"`tree` must be a SignalTree, got {type(tree).__name__}")
-    batch_size, _, size, _ = query.shape
+    check_is_tree(tree)
+    batch_size, heads, size, _ = query.shape
     if (tree.batch_size, tree.size) != (batch_size, size):
         raise ValueError(
             f"`tree` is of {tree.batch_size} sequences padded to {tree.size} tokens, got states of {batch_size} sequences of {size}"
         )
     if tree.device != query.device:
         raise ValueError(f"`tree` is on {tree.device} and `query` on {query.device}: move it with `tree.to(device)`")
+    others = {"key": key, "value": value, "mask": mask, "row_weights": row_weights}
+    for name, tensor in [*others.items(), *(("eps", positions) for positions in eps or ())]:
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"`{name}` must be on {query.device}, as `query`, got one on {tensor.device}")
     if mask is not None and tuple(mask.shape) != (batch_size, size):
         raise ValueError(f"`mask` must be {(batch_size, size)}, got {tuple(mask.shape)}")
     if eps is not None:
@@ -513,15 +535,21 @@ def _check(query, key, value, tree, mask, eps, is_causal: bool, row_weights=None
             raise ValueError(f"`eps` must have an entry for each of the {len(levels)} levels, got {len(eps)}")
         for level, (positions, sizes) in enumerate(zip(eps, tree.family_sizes(), strict=True)):
             largest = int(sizes.max()) if len(sizes) else 0
-            if tree.branching is not None:
-                largest = max(largest, tree.branching[level] or 0)
-            if positions is not None and (positions.dim() not in (2, 3) or positions.shape[-2] < largest):
+            if positions is None:
+                continue
+            if positions.dim() == 3 and positions.shape[0] not in (1, heads):
+                raise ValueError(f"`eps` must be of {heads} heads at level {level}, got {tuple(positions.shape)}")
+            if positions.dim() not in (2, 3) or positions.shape[-2] < largest:
                 raise ValueError(
                     f"`eps` must be (siblings, width) or (heads, siblings, width) of at least {largest} siblings at level "
                     f"{level}, got {tuple(positions.shape)}"
                 )
     if row_weights is not None and tuple(row_weights.shape) != (batch_size, size):
         raise ValueError(f"`row_weights` must be {(batch_size, size)}, got {tuple(row_weights.shape)}")
+    if row_weights is not None and values_can_be_read(row_weights):
+        refused = ~((row_weights >= 0) & row_weights.isfinite())
+        if bool(refused.any()):
+            raise ValueError(f"`row_weights` must be finite and at least 0, got {row_weights[refused][0].item()}")
     if row_weights is not None and is_causal:
         raise ValueError("`row_weights` can't be given with `is_causal`: its rows are not tied")
     if is_causal and not tree.is_in_order:

@@ -106,7 +106,8 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
         # The sum of a long sequence is out of the range of float16.
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         return ((hidden_states * mask.unsqueeze(-1)).sum(dim=1, dtype=wide) / count).to(hidden_states.dtype)
-    column = mask.long().argmax(dim=1)  # the first real token
-    if pooling == "last":
-        column = (column + mask.sum(dim=1) - 1).clamp(min=0)
+    if pooling == "cls":
+        column = mask.long().argmax(dim=1)  # the first real token
+    else:
+        column = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(dim=1)  # the last one
     return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), column]

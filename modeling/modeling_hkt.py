@@ -428,6 +428,7 @@ class HKTPreTrainedModel(PreTrainedModel):
         """As in transformers; when the code travels along, `auto_map` names every class that the checkpoint serves."""
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
+        self.config.validate()  # before anything is written
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

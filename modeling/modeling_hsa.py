@@ -18,7 +18,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_hsa import hierarchical_self_attention, tree_levels
+from .attention_hsa import check_is_tree, hierarchical_self_attention, tree_levels
 from .checks_common import check_sequence_labels, check_token_labels, check_tokens
 from .configuration_hsa import HSAConfig
 from .layers_common import MLP, PredictionHead, RotaryEmbedding, apply_rotary_pos_emb, classifier_dropout, pool
@@ -61,11 +61,12 @@ class HSASiblingPositions(nn.Module):
         `levels` are the tree's `unsplit_levels`, which choose the amplitudes: runs of a large family have those of the family.
         """
         device = self.amplitude.device
-        frequencies = 1e4 ** -(torch.arange(self.num_frequencies, device=device) / self.num_frequencies)
+        dtype = torch.promote_types(self.amplitude.dtype, torch.float32)
+        frequencies = 1e4 ** -(torch.arange(self.num_frequencies, device=device, dtype=dtype) / self.num_frequencies)
         vectors = []
         for level, size in zip(range(len(sizes)) if levels is None else levels, sizes, strict=True):
             angles = torch.arange(size, device=device)[:, None] * frequencies
-            amplitude = self.amplitude[min(level, self.num_levels - 1)][:, None].float()
+            amplitude = self.amplitude[min(level, self.num_levels - 1)][:, None].to(dtype)
             vectors.append(torch.cat([amplitude * angles.cos(), amplitude * angles.sin()], dim=-1))
         return vectors
 
@@ -182,6 +183,7 @@ class HSAPreTrainedModel(PreTrainedModel):
         """As in transformers; when the code travels along, `auto_map` names every class that the checkpoint serves."""
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
+        self.config.validate()  # before anything is written
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -256,8 +258,8 @@ class HSAModel(HSAPreTrainedModel):
         shape = check_tokens(input_ids, inputs_embeds, self.config.vocab_size)
         if attention_mask is not None and tuple(attention_mask.shape) != shape:
             raise ValueError(f"`attention_mask` must have shape {shape}, got {tuple(attention_mask.shape)}")
-        if tree is not None and not isinstance(tree, SignalTree):
-            raise ValueError(f"`tree` must be a SignalTree, got {type(tree).__name__}")
+        if tree is not None:
+            check_is_tree(tree)
         if tree is not None and (tree.batch_size, tree.size) == shape:  # the operator refuses a tree of another batch
             tree = tree.to((inputs_embeds if input_ids is None else input_ids).device)
             attention_mask = _mask_of(tree, attention_mask)
@@ -269,7 +271,7 @@ class HSAModel(HSAPreTrainedModel):
         limit = self.config.max_position_embeddings
         position_embeddings = None
         if self.config.position_embedding_type == "absolute":
-            if int(positions.max()) >= limit:
+            if positions.numel() and int(positions.max()) >= limit:
                 raise ValueError(
                     f"the input has {int(positions.max()) + 1} tokens, more than `max_position_embeddings` ({limit}): "
                     "truncate it, for instance with `truncation=True` in the tokenizer"
@@ -345,11 +347,12 @@ def _mask_of(tree: SignalTree, attention_mask: torch.Tensor | None) -> torch.Ten
 
 
 def _positions(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Positions counted from the first real token, `(1 or B, N)`."""
+    """Positions counted from the first real token, `(1 or B, N)`; 0 where there is padding."""
     if attention_mask is None:
         return torch.arange(states.shape[1], device=states.device)[None]
     mask = attention_mask.to(states.device) != 0
-    return (torch.arange(states.shape[1], device=states.device) - mask.long().argmax(1, keepdim=True)).clamp_min(0)
+    positions = torch.arange(states.shape[1], device=states.device) - mask.long().argmax(1, keepdim=True)
+    return positions.masked_fill(~mask, 0)
 
 
 class HSAForMaskedLM(HSAPreTrainedModel):

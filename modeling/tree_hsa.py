@@ -7,8 +7,8 @@ by nodes with a single child, which change nothing in the attention (ours: such 
 """
 
 import operator
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,27 @@ class TreeLevel(NamedTuple):
     children: tuple[torch.Tensor, ...]
     slots: torch.Tensor
     families: torch.Tensor
+
+
+def _for_training(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of one that was made in inference mode, which autograd refuses."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+def _computed_once(compute: Callable) -> cached_property:
+    """A `cached_property` of tensors that autograd takes although they are first read in inference mode."""
+
+    @wraps(compute)
+    def outside_inference_mode(tree):
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return compute(tree)
+        with torch.inference_mode(False):
+            return compute(tree)
+
+    return cached_property(outside_inference_mode)
 
 
 class SignalTree:
@@ -62,11 +83,11 @@ class SignalTree:
         order: torch.Tensor | None = None,
         unsplit_levels: Sequence[int] | None = None,
     ):
-        self.lengths = lengths
+        self.lengths = _for_training(lengths)
         self.size = size
         self.branching = None if branching is None else tuple(branching)
-        self._parents = None if parents is None else tuple(parents)
-        self._order = order
+        self._parents = None if parents is None else tuple(map(_for_training, parents))
+        self._order = None if order is None else _for_training(order)
         depth = len(self.branching or self._parents)
         self.unsplit_levels = tuple(range(depth) if unsplit_levels is None else unsplit_levels)
 
@@ -81,22 +102,22 @@ class SignalTree:
         """Groups of neighbours, by the same rule in all sequences: the fastest trees.
 
         Args:
-            lengths (`torch.Tensor` or sequence of `int`): leaves of each sequence, at least 0.
+            lengths (`torch.Tensor` or sequence of `int`): leaves of each sequence, at least 0; an empty batch is a tensor.
             branching (`int` or sequence of `int` and `None`): children of a node at each level, from the leaves up, at least 2
                 each; the last group of a level may be smaller. The last entry may be `None`: one family of all that is left.
                 An `int` holds at every level, up to the root. `(None,)` gives flat attention.
             size (`int`, *optional*): length that sequences are padded to; the longest by default.
 
         Raises:
-            ValueError: no lengths or negative ones, a size below the longest, a branching below 2, `None` below the last
+            ValueError: no list of lengths or negative ones, a size below the longest, a branching below 2, `None` below the last
                 level, or levels that leave more than one root.
         """
         lengths = torch.as_tensor(lengths)
-        if lengths.dim() != 1 or len(lengths) == 0 or lengths.is_floating_point() or bool((lengths < 0).any()):
+        if lengths.dim() != 1 or lengths.is_floating_point() or bool((lengths < 0).any()):
             raise ValueError(
                 f"`lengths` must be a list of at least one length, each at least 0, got {lengths.tolist()}"
             )
-        longest = int(lengths.max())
+        longest = int(lengths.max()) if len(lengths) else 0
         if size is None:
             size = longest
         elif size < longest:
@@ -174,8 +195,11 @@ class SignalTree:
                 roots.append(root)
             parents, leaves, rows, _ = _levels_of(roots)
         lengths = torch.bincount(torch.tensor(rows), minlength=len(nested))
-        for row, length in enumerate(lengths.tolist()):
-            _check_positions(row, [leaf for leaf, at in zip(leaves, rows, strict=True) if at == row], length)
+        leaves_of: list[list[int]] = [[] for _ in nested]
+        for leaf, row in zip(leaves, rows, strict=True):
+            leaves_of[row].append(leaf)
+        for row, its_leaves in enumerate(leaves_of):
+            _check_positions(row, its_leaves)
         longest = int(lengths.max())
         size = longest if size is None else size
         if size < longest:
@@ -243,16 +267,23 @@ class SignalTree:
         levels = sorted(set().union(*(tree.unsplit_levels for tree in trees)))
         levels = [level for level in levels for _ in range(max(tree.unsplit_levels.count(level) for tree in trees))]
         positions, tables, offset = [], [], 0
+        is_single = torch.ones(len(levels), batch_size, dtype=torch.bool, device=trees[0].device)
         for index, tree in enumerate(trees):
-            rows = tree.order // tree.size
-            positions.append(rows * size + offset + tree.order % tree.size)
+            rows = tree.order // max(tree.size, 1)
+            positions.append(rows * size + offset + tree.order % max(tree.size, 1))
+            ancestors = tree._ancestors_at(levels)
+            is_single &= torch.stack([_is_one_a_row(column, rows, batch_size) for column in ancestors])
             # Roots become nodes; above those of the shallower trees stand nodes with one child.
-            tables.append([column * len(trees) + index for column in tree._ancestors_at(levels)])
+            tables.append([column * len(trees) + index for column in ancestors])
             offset += tree.size
         positions = torch.cat(positions)
         columns = [torch.cat(parts) for parts in zip(*tables, strict=True)]
-        index = (positions // size).argsort(stable=True)
-        columns = [column[index] for column in columns]
+        rows = positions // max(size, 1)
+        index = rows.argsort(stable=True)
+        # A sequence's trees meet one level above the deepest of them, whatever the other sequences of the batch need.
+        names = torch.tensor(levels, device=rows.device)
+        meet = names[:, None] > names[is_single.long().argmax(0)]
+        columns = [torch.where(here[rows], 0, column)[index] for column, here in zip(columns, meet, strict=True)]
         return cls._assemble(positions[index], columns, batch_size, size, None, [*levels, levels[-1] + 1])
 
     @classmethod
@@ -300,7 +331,7 @@ class SignalTree:
         """Where its tensors are."""
         return self.lengths.device
 
-    @cached_property
+    @_computed_once
     def mask(self) -> torch.Tensor:
         """Which positions are leaves: bool `(B, N)`."""
         if self._order is None:
@@ -309,17 +340,17 @@ class SignalTree:
         mask[self._order] = True
         return mask.view(self.batch_size, self.size)
 
-    @cached_property
+    @_computed_once
     def order(self) -> torch.Tensor:
         """Position `b * N + i` in the padded batch of each leaf, in tree order: int64 `(leaves,)`."""
         return self.mask.flatten().nonzero().squeeze(1) if self._order is None else self._order
 
-    @cached_property
+    @_computed_once
     def is_in_order(self) -> bool:
         """Whether the leaves of every sequence stand in tree order."""
         return self._order is None or bool((self._order.diff() > 0).all())
 
-    @cached_property
+    @_computed_once
     def parents(self) -> tuple[torch.Tensor, ...]:
         """For each level below the roots, from the leaves up, the parent of each node: int64 `(nodes,)`, ascending."""
         if self._parents is not None:
@@ -336,7 +367,7 @@ class SignalTree:
         parents[-1] = (counts > 0).nonzero().squeeze(1)[parents[-1]]
         return tuple(parents)
 
-    @cached_property
+    @_computed_once
     def levels(self) -> tuple[TreeLevel, ...]:
         """The families of each level below the roots, from the leaves up."""
         counts = [*(len(parents) for parents in self.parents[1:]), self.batch_size]
@@ -378,7 +409,10 @@ class SignalTree:
         )
 
     def nested(self) -> list[Any]:
-        """The tree as [`SignalTree.from_nested`] takes it; nodes with a single child are left out."""
+        """Nested lists of positions, without nodes that have a single child.
+
+        [`SignalTree.from_nested`] takes them where every sequence has tokens, and these stand from position 0 on.
+        """
         nodes: list[Any] = (self.order % self.size).tolist() if self.size else []
         for level, parents in enumerate(self.parents):
             above = self.batch_size if level + 1 == len(self.parents) else len(self.parents[level + 1])
@@ -499,6 +533,13 @@ def _in_tree_order(
     return positions, columns
 
 
+def _is_one_a_row(column: torch.Tensor, rows: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Whether the entries of each row, `(leaves,)` with their rows likewise, are all the same: bool `(B,)`."""
+    least = torch.full((batch_size,), torch.iinfo(torch.long).max, device=column.device)
+    most = torch.full((batch_size,), -1, device=column.device)
+    return most.scatter_reduce(0, rows, column, "amax") <= least.scatter_reduce(0, rows, column, "amin")
+
+
 def _changes(column: torch.Tensor) -> torch.Tensor:
     """Whether an entry differs from the one before it; the first one does."""
     changes = torch.ones_like(column, dtype=torch.bool)
@@ -545,8 +586,8 @@ def _levels_of(nested: Sequence[Any]) -> tuple[list[torch.Tensor], list[int], li
     return parents[::-1], leaves, rows, depths
 
 
-def _check_positions(row: int, leaves: list[int], length: int) -> None:
-    seen = set()
+def _check_positions(row: int, leaves: list[int]) -> None:
+    seen, length = set(), len(leaves)
     for leaf in leaves:
         if leaf in seen:
             raise ValueError(f"`nested` must hold every token once, got token {leaf} twice in sequence {row}")

@@ -28,12 +28,11 @@ def hsa_operations(tree: SignalTree, num_heads: int, head_dim: int, *, with_mean
             (2 a multiply-add) and the sums of values on the way down, which the paper's figures leave out (inferred).
 
     Returns:
-        `int`: `(4 d + 1) H` times the sum of squared family sizes; with means, `8 d H` more for each node below the roots.
+        `int`: `(4 d + 1) H` times the sum of squared family sizes; with means, `8 d H` more for each of their nodes. Families
+        of one are not counted: they have nothing to share out.
     """
-    sizes = [family for level in tree.family_sizes() for family in level.tolist()]
-    # A family of one has nothing to share out.
-    squares = sum(size**2 for size in sizes if size > 1)
-    operations = num_heads * squares * (4 * head_dim + 1)
+    sizes = [size for level in tree.family_sizes() for size in level.tolist() if size > 1]
+    operations = num_heads * sum(size**2 for size in sizes) * (4 * head_dim + 1)
     if with_means:
-        operations += 8 * head_dim * num_heads * sum(size for size in sizes if size > 1)
+        operations += 8 * head_dim * num_heads * sum(sizes)
     return operations

@@ -53,7 +53,7 @@ class SegmentCollator:
         segments = []
         for index, example in enumerate(examples):
             levels = example.pop("segment_ids", None)
-            if not levels or any(len(ids) != len(example["input_ids"]) for ids in levels):
+            if levels is None or len(levels) == 0 or any(len(ids) != len(example["input_ids"]) for ids in levels):
                 found = None if levels is None else [len(ids) for ids in levels]
                 raise ValueError(
                     f"`segment_ids` of example {index} must be lists of {len(example['input_ids'])} ids, got {found}"
@@ -66,14 +66,20 @@ class SegmentCollator:
             if "label" in example:
                 example["labels"] = example.pop("label")
         batch = dict(
-            self.tokenizer.pad(examples, padding=True, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors="pt")
+            self.tokenizer.pad(
+                examples,
+                padding=True,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
         )
         size = batch["input_ids"].shape[1]
         padded = torch.full((len(examples), len(segments[0]), size), -1)
         for row, levels in enumerate(segments):
             length = len(levels[0])
             first = size - length if self.tokenizer.padding_side == "left" else 0
-            padded[row, :, first : first + length] = torch.tensor(levels)
+            padded[row, :, first : first + length] = torch.stack([torch.as_tensor(ids) for ids in levels])
         batch["segment_ids"] = padded
         return batch
 

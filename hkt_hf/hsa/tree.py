@@ -60,17 +60,22 @@ def text_segments(
     """
     if isinstance(texts, str):
         raise ValueError(f"`texts` must be a sequence of texts, got one text, {texts[:50]!r}")
+    texts = list(texts)
     if not texts:
         raise ValueError("`texts` must hold at least one text, got none")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"`texts` must hold texts, got {text!r} at index {index}")
     if not tokenizer.is_fast:
         raise ValueError(
             f"`tokenizer` must be a fast one, which knows where its tokens stand, got {type(tokenizer).__name__}"
         )
     encoded = tokenizer(
-        list(texts),
+        texts,
         truncation=True,
         max_length=max_length,
         padding=True,
+        return_attention_mask=True,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
         return_tensors="pt",

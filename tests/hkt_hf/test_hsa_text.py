@@ -1,5 +1,6 @@
 """Trees of texts: sentences, paragraphs, offsets, collation, and a Trainer that uses them unchanged."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -152,6 +153,34 @@ def test_segments_that_do_not_fit_are_refused(tokenizer):
         collate(examples)
     with pytest.raises(ValueError, match="example 1 must have 2 levels, as example 0, got 1"):
         collate(examples[::-1])
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_dataset_may_have_a_format(tokenizer, kind):
+    columns = tokenize_with_segments(TEXTS, tokenizer)
+    plain, formatted = (SegmentCollator(tokenizer)([data[row] for row in range(2)]) for data in (
+        Dataset.from_dict(columns), Dataset.from_dict(columns).with_format(kind)
+    ))  # fmt: skip
+    assert plain.keys() == formatted.keys() == {"input_ids", "attention_mask", "segment_ids"}
+    assert all(torch.equal(plain[name], formatted[name]) for name in plain)
+
+
+def test_a_tokenizer_that_gives_no_mask_of_its_own(tokenizer):
+    bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path, model_input_names=["input_ids"])
+    assert "attention_mask" not in bare(TEXTS)
+    assert SignalTree.from_text(TEXTS, bare).nested() == SignalTree.from_text(TEXTS, tokenizer).nested()
+    examples = [
+        {name: values[row] for name, values in tokenize_with_segments(TEXTS, bare).items()} for row in range(2)
+    ]
+    assert torch.equal(SegmentCollator(bare)(examples)["attention_mask"], tokenizer(TEXTS, padding=True, return_tensors="pt")["attention_mask"])  # fmt: skip
+
+
+def test_texts_of_any_iterable(tokenizer):
+    expected = SignalTree.from_text(TEXTS, tokenizer).nested()
+    for texts in (map(str.strip, TEXTS), np.array(TEXTS), tuple(TEXTS)):
+        assert SignalTree.from_text(texts, tokenizer).nested() == expected
+    with pytest.raises(ValueError, match="`texts` must hold texts, got None at index 1"):
+        SignalTree.from_text(["a", None], tokenizer)
 
 
 def small_classifier(tokenizer):

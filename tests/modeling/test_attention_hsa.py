@@ -127,6 +127,48 @@ def test_trees_without_a_leaf_give_zeros(shape, is_causal):
     assert output.shape == (shape[0], 2, shape[1], 3) and (output == 0).all()
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "tree",
+    [SignalTree.regular([5, 3], (2, None), size=6), SignalTree.from_nested([[[4, 0], [1, 2, 3]], [0, 1]], size=6)],
+)
+def test_what_stands_where_there_is_no_leaf_is_not_read(tree, is_causal):
+    if is_causal:
+        tree = SignalTree.from_nested([[[0, 1], [2, 3, 4]], [0, 1]], size=6)
+    mask = torch.ones(2, 6)
+    mask[0, 1] = mask[1, 1] = 0
+    clean = states(tree)
+    hidden = ~tree.mask | (mask == 0)
+    dirty = [
+        torch.where(hidden[:, None, :, None], torch.tensor(value).double(), tensor)
+        for tensor, value in zip(clean, (math.nan, math.inf, math.nan), strict=True)
+    ]
+    clean, dirty = ([tensor.requires_grad_() for tensor in tensors] for tensors in (clean, dirty))
+    outputs = [
+        hierarchical_self_attention(*tensors, tree, mask=mask, is_causal=is_causal) for tensors in (clean, dirty)
+    ]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    for first, second in zip(clean, dirty, strict=True):
+        assert torch.equal(first.grad, second.grad)
+
+
+def test_positions_of_one_head_serve_all():
+    tree = SignalTree.regular([5], (16, None))
+    query, key, value = states(tree)
+    eps = [torch.randn(5, 3).double(), torch.randn(1, 3).double()]
+    expected = hierarchical_self_attention(query, key, value, tree, eps=eps)
+    for each in (hierarchical_self_attention(query, key, value, tree, eps=[e[None] for e in eps]),
+                 hsa_matrix(query, key, tree, eps=[e[None] for e in eps]) @ value):  # fmt: skip
+        torch.testing.assert_close(each, expected)
+
+
+def test_the_energy_without_any_leaf():
+    tree = SignalTree.regular([0, 0], 2)
+    assert torch.equal(hsa_energy(*states(tree)[:2], tree), torch.zeros(2, 2).double())
+
+
 def flat_log_sums(query, key, scale):
     """`log Z_i` of flat attention, and its scores."""
     scores = scale * query @ key.transpose(-1, -2)
@@ -391,13 +433,19 @@ def test_compiled_code_gives_the_same(tree):
         ({"key": torch.zeros(1, 2, 5, 3)}, "must agree"),
         ({"value": torch.zeros(1, 2, 6, 4)}, "must agree"),
         ({"value": torch.zeros(1, 2, 5, 4).long()}, "`value` must be of a floating-point type"),
-        ({"tree": [0, 1]}, "`tree` must be a SignalTree, got list"),
+        ({"tree": [0, 1]}, "`tree` must be a .*tree_hsa.SignalTree, got a .*list"),
         ({"tree": SignalTree.regular([6], 2)}, "`tree` is of 1 sequences padded to 6 tokens"),
         ({"tree": SignalTree.regular([5, 5], 2)}, "`tree` is of 2 sequences"),
         ({"tree": SignalTree.regular([5], 2).to("meta")}, "`tree` is on meta"),
         ({"mask": torch.ones(1, 4)}, "`mask` must be"),
         ({"eps": [torch.zeros(2, 3)]}, "`eps` must have an entry for each of the 3 levels, got 1"),
         ({"eps": [torch.zeros(1, 3)] * 3}, "at least 2 siblings at level 0"),
+        ({"eps": [torch.zeros(3, 2, 3)] * 3}, r"`eps` must be of 2 heads at level 0, got \(3, 2, 3\)"),
+        ({"eps": [torch.zeros(2, 3, device="meta")] * 3}, "`eps` must be on cpu, as `query`, got one on meta"),
+        ({"value": torch.zeros(1, 2, 5, 4, device="meta")}, "`value` must be on cpu"),
+        ({"mask": torch.ones(1, 5, device="meta")}, "`mask` must be on cpu"),
+        ({"row_weights": torch.tensor([[1, 1, -0.5, 1, 1]])}, "`row_weights` must be finite and at least 0, got -0.5"),
+        ({"row_weights": torch.full((1, 5), math.inf)}, "`row_weights` must be finite and at least 0, got inf"),
         ({"tree": SignalTree.from_nested([[0, 2, [1, 3, 4]]]), "is_causal": True}, "`is_causal` needs a tree"),
     ],
 )

@@ -14,6 +14,7 @@ from hkt_hf.modeling.modeling_hsa import (
     SIBLING_POSITION_INIT,
     HSAAttention,
     HSAForSequenceClassification,
+    HSASiblingPositions,
 )
 from hkt_hf.modeling.tree_hsa import SignalTree
 
@@ -40,6 +41,63 @@ def test_padding_on_either_side_changes_nothing(positions):
         for row, length in enumerate((15, 23, 9)):
             single = model(input_ids[row : row + 1, :length]).logits
             torch.testing.assert_close(single, logits[row : row + 1], rtol=0, atol=1e-5)
+
+
+@each_positions
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_a_mask_with_gaps_leaves_those_tokens_out(positions, pooling):
+    model = model_of(position_embedding_type=positions, pooling=pooling)
+    input_ids, _ = right_padded_batch([9, 9], 9)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        logits = model(input_ids, mask).logits
+        other = torch.where(mask == 1, input_ids, (input_ids + 1) % model.config.vocab_size)
+        assert torch.equal(model(other, mask).logits, logits)
+        if positions == "none":
+            for row in range(2):
+                alone = model(input_ids[row, mask[row] == 1][None]).logits
+                torch.testing.assert_close(alone, logits[row : row + 1], rtol=0, atol=1e-5)
+
+
+def test_padding_is_not_counted_among_the_positions():
+    model = model_of(position_embedding_type="absolute", max_position_embeddings=24)
+    input_ids, mask = right_padded_batch([23, 20], 40)
+    with torch.no_grad():
+        logits = model(input_ids, mask).logits
+        torch.testing.assert_close(model(input_ids[:, :23], mask[:, :23]).logits, logits, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="the input has 25 tokens, more than `max_position_embeddings`"):
+        model(input_ids, (torch.arange(40) < 25).expand(2, -1))
+
+
+def test_the_positions_of_siblings_are_as_wide_as_the_model():
+    config = tiny_hsa_config(num_hidden_layers=1)
+    positions = HSASiblingPositions(config).double()
+    assert {vectors.dtype for vectors in positions([3, 2])} == {torch.double}
+    assert {vectors.dtype for vectors in positions.bfloat16()([3, 2])} == {torch.float}
+    model = model_of(sibling_positions=True).double()
+    input_ids, mask = right_padded_batch([7], 7)
+    amplitude = model.model.layers[0].self_attn.sibling_positions.amplitude
+
+    def logits(values):
+        state = {"model.layers.0.self_attn.sibling_positions.amplitude": values}
+        return torch.func.functional_call(model, state, (input_ids, mask)).logits
+
+    assert torch.autograd.gradcheck(logits, amplitude.detach().clone().requires_grad_())
+
+
+@pytest.mark.parametrize("has_segments", [False, True])
+def test_an_empty_batch_has_no_results(has_segments):
+    input_ids = torch.zeros(0, 20).long()
+    segment_ids = torch.zeros(0, 1, 20).long() if has_segments else None
+    assert model_of()(input_ids, segment_ids=segment_ids).logits.shape == (0, 3)
+
+
+def test_nothing_is_written_of_a_configuration_that_can_not_be_saved(tmp_path):
+    model = model_of(pad_token_id=39)
+    model.resize_token_embeddings(20)
+    with pytest.raises(StrictDataclassError, match="pad_token_id"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_segments_are_the_tree():
@@ -325,7 +383,7 @@ def test_bad_configurations_are_refused(fields, message):
             "at most one",
         ),
         ({"input_ids": torch.ones(1, 3).long(), "tree": SignalTree.regular([4], 2)}, "`tree` is of"),
-        ({"input_ids": torch.ones(1, 3).long(), "tree": [[0, 1, 2]]}, "`tree` must be a SignalTree, got list"),
+        ({"input_ids": torch.ones(1, 3).long(), "tree": [[0, 1, 2]]}, "`tree` must be a .*SignalTree, got a .*list"),
         ({"input_ids": torch.ones(1, 3).long(), "labels": torch.tensor([3])}, "`labels` must lie in"),
     ],
 )

@@ -112,6 +112,58 @@ def test_a_level_is_as_far_from_the_leaves_as_in_a_batch_of_its_own(seed, length
         assert all((nodes[rows == row].diff() == 0).all() for nodes in together.ancestors()[len(alone.parents) - 1 :])
 
 
+def families_by_level(tree, row):
+    """The families of two or more in one sequence, as sets of leaves, with the level that each is of."""
+    found = []
+    nodes = [[leaf] for leaf in (tree.order % tree.size).tolist()]
+    rows = (tree.order // tree.size).tolist()
+    for level, parents in zip(tree.unsplit_levels, tree.parents, strict=True):
+        above = [[] for _ in range(max(parents.tolist()) + 1)]
+        rows_above = [None] * len(above)
+        for node, parent, at in zip(nodes, parents.tolist(), rows, strict=True):
+            above[parent].append(node)
+            rows_above[parent] = at
+        found += [
+            (level, family) for family, at in zip(above, rows_above, strict=True) if len(family) > 1 and at == row
+        ]
+        nodes, rows = [[leaf for node in family for leaf in node] for family in above], rows_above
+    return found
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=3),
+    cap=st.sampled_from([None, 2, 3]),
+)
+def test_a_joined_tree_is_in_a_batch_what_it_is_alone(seed, lengths, cap):
+    generator = np.random.default_rng(seed)
+    first = [random_nested(generator, length) for length in lengths]
+    second = [random_nested(generator, length) for length in reversed(lengths)]
+
+    def join(rows):
+        sizes = max(lengths), max(lengths) + 1  # the same positions alone and in the batch
+        return SignalTree.join(
+            [
+                SignalTree.from_nested([each[row] for row in rows], size=size, max_family_size=cap)
+                for each, size in zip((first, second), sizes, strict=True)
+            ]
+        )
+
+    together = join(range(len(lengths)))
+    for row in range(len(lengths)):
+        alone = join([row])
+        assert together.nested()[row] == alone.nested()[0]
+        assert families_by_level(together, row) == families_by_level(alone, 0)
+
+
+def test_padding_does_not_move_the_common_root():
+    picture = SignalTree.from_grid(2, 2, 2, batch_size=2)
+    narrow, wide = (SignalTree.join([SignalTree.regular([4, 4], 4, size=size), picture]) for size in (4, 5))
+    assert narrow.unsplit_levels == (0, 1) and wide.unsplit_levels == (0, 1, 2)
+    levels = [level for level, _ in families_by_level(narrow, 1)]
+    assert [level for level, _ in families_by_level(wide, 1)] == levels == [0, 0, 1]
+
+
 def test_levels_that_a_split_puts_in_are_of_the_level_they_split():
     wide, narrow = [[list(range(9)), [9]]], [[[0, 1], [2]]]
     assert SignalTree.regular([9], (3, None)).unsplit_levels == (0, 1)
@@ -147,6 +199,23 @@ def test_families_of_very_different_sizes_do_not_pad_each_other():
     nested = [[list(range(2 * i, 2 * i + 2)) for i in range(500)] + [list(range(1000, 2000))]]
     level = SignalTree.from_nested(nested).levels[0]
     assert sum(children.numel() * children.shape[1] for children in level.children) < 3 * (500 * 4 + 1000**2)
+
+
+def test_what_is_read_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        made = SignalTree.from_segments(torch.tensor([[0, 0, 1, 1, 1]]))
+    read = [SignalTree.regular([5, 3], (2, None)), SignalTree.from_nested([[[0, 1, 2], [3, 4]]]), made]
+    for tree in read:
+        with torch.inference_mode():
+            tree.nested(), tree.mask, tree.levels, tree.is_in_order
+        tensors = [tree.lengths, tree.mask, tree.order, *tree.parents]
+        tensors += [each for level in tree.levels for each in (*level.children, level.slots, level.families)]
+        assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_an_empty_batch():
+    tree = SignalTree.regular(torch.zeros(0).long(), 4, size=9)
+    assert tree.batch_size == 0 and tree.mask.shape == (0, 9) and tree.nested() == []
 
 
 def test_outline_and_repr():
