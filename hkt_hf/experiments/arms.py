@@ -155,6 +155,10 @@ ARMS: dict[str, Arm] = {
         {"num_levels": 1},
         change=add_short_convolution,
     ),
+    "flat-post-norm": Arm(
+        "flat, with layer norms after the embeddings and after each residual sum, as BERT has them",
+        {"num_levels": 1, "norm_placement": "post"},
+    ),
     "flat-no-attention": Arm(
         "flat, with attention left out: what the tokens tell one by one",
         {"num_levels": 1},
@@ -175,6 +179,7 @@ ARMS: dict[str, Arm] = {
         setting_of="flat",
     ),
     "hkt-convolution": _ablation("with the same convolution on level 0", change=add_short_convolution),
+    "hkt-post-norm": Arm("HKT, with the same layer norms as flat-post-norm", {"norm_placement": "post"}),
     "hkt-levels-2": _ablation("two levels", fields={"num_levels": 2}),
     "hkt-levels-4": _ablation("four levels", fields={"num_levels": 4}),
     "hkt-uniform-weights": _ablation("level weights fixed, all equal", change=freeze_uniform_weights),

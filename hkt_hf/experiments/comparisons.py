@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from . import statistics
+from .arms import ARMS
 from .records import POSITION_TITLES, PRETRAINED, ArmRuns, Section
 
 
@@ -132,7 +133,7 @@ def comparisons(section: Section) -> list[Comparison]:
     HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); where an
     ablation is the strongest HKT arm ([`strongest_hkt`]), also that one against flat and the strongest flat arm; variants
     of flat, and BERT, against flat, and HKT against them; HSA against the same layers on a flat tree; ablations against
-    HKT (with the short convolution, also against flat with it); pretrained arms against the same ones from scratch; and
+    HKT (with the short convolution or other layer norms, also against flat with them); pretrained arms against the same ones from scratch; and
     pretrained HKT against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing
     shows.
     """
@@ -165,8 +166,9 @@ def comparisons(section: Section) -> list[Comparison]:
     for arm in section.arms:
         if arm.kind == "hkt ablation":
             compare(arm, section.arm("hkt", arm.positions))
-            if arm.name == "hkt-convolution":
-                compare(arm, section.arm("flat-convolution", arm.positions))
+            twin = arm.name.replace("hkt", "flat", 1)
+            if twin in ARMS:
+                compare(arm, section.arm(twin, arm.positions))
     for arm in section.arms:
         if arm.kind == "pretrained":
             compare(arm, section.arm(arm.name.removesuffix(PRETRAINED), arm.positions))

@@ -352,6 +352,7 @@ def test_which_arms_are_compared():
         for arm in ("flat", "hkt", "flat-convolution", "hkt-levels-2", "hkt-pretrained", "flat-pretrained"):
             records.append(record(arm, 0.5, position_embedding_type=positions))
     records += [record("hkt-levels-10", 0.5), record("bert", 0.4, position_embedding_type="absolute")]
+    records += [record("hkt-convolution", 0.5), record("hkt-post-norm", 0.5)]
     records += [record("mamba", 0.5, position_embedding_type=None)]
     (section,) = sections(records)
     assert [arm.label for arm in section.arms][-3:] == ["hkt-pretrained (RoPE)", "bert (absolute)", "mamba"]
@@ -366,9 +367,13 @@ def test_which_arms_are_compared():
         ("hkt (absolute)", "flat-convolution (absolute)"),
         ("hkt (RoPE)", "flat-convolution (RoPE)"),
         ("hkt (absolute)", "bert (absolute)"),
+        ("hkt-convolution (RoPE)", "hkt (RoPE)"),
+        ("hkt-convolution (RoPE)", "flat-convolution (RoPE)"),
         ("hkt-levels-2 (absolute)", "hkt (absolute)"),
         ("hkt-levels-2 (RoPE)", "hkt (RoPE)"),
         ("hkt-levels-10 (RoPE)", "hkt (RoPE)"),
+        ("hkt-post-norm (RoPE)", "hkt (RoPE)"),
+        ("hkt-post-norm (RoPE)", "flat-post-norm (RoPE)"),
         ("flat-pretrained (absolute)", "flat (absolute)"),
         ("flat-pretrained (RoPE)", "flat (RoPE)"),
         ("hkt-pretrained (absolute)", "hkt (absolute)"),
@@ -376,7 +381,7 @@ def test_which_arms_are_compared():
         ("hkt-pretrained (absolute)", "flat-pretrained (absolute)"),
         ("hkt-pretrained (RoPE)", "flat-pretrained (RoPE)"),
     ]
-    assert [item.is_papers for item in found] == [True] * 2 + [False] * 16
+    assert [item.is_papers for item in found] == [True] * 2 + [False] * 20
 
 
 def test_the_search_and_the_hours():

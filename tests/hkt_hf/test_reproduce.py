@@ -225,7 +225,7 @@ def test_arms_begin_with_the_same_weights_wherever_shapes_agree():
     assert abs(reference["model.layers.0.mlp.up_proj.weight"].std() - HKTConfig.initializer_range) < 0.005
 
 
-@pytest.mark.parametrize("name", ["flat", "hkt", "hkt-dense", "flat-convolution", "hkt-rope"])
+@pytest.mark.parametrize("name", ["flat", "hkt", "hkt-dense", "flat-convolution", "hkt-rope", "hkt-post-norm"])
 def test_arms_draw_the_same_dropout(name):
     built(name)
     assert torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(0)).item()
