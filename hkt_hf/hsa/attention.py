@@ -1,12 +1,14 @@
 """HSA as an attention function of transformers: which modules it can serve, its mask, and how one module attends (ours)."""
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
@@ -20,6 +22,8 @@ DEFAULT_BRANCHING = (16, None)
 ADDITIVE_MASKED = -1e4
 """An additive mask hides a token by this or less: models and users write -10000, the least number of a dtype or minus infinity."""
 TreeBuilder = Callable[[torch.Tensor], SignalTree]
+INSIDE = "inside"
+"""Stands, as a module's choice, for being a part of a module that the model names as its attention."""
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -39,12 +43,100 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     recorded = (getattr(model, "_can_record_outputs", None) or {}).get("attentions")
     recorded = recorded[0] if isinstance(recorded, list | tuple) else recorded
     target = getattr(recorded, "target_class", recorded)
-    found = [module for module in model.modules() if target is not None and isinstance(module, target)]
+    if isinstance(target, str):
+        found = [module for module in model.modules() if type(module).__name__ == target]
+    else:
+        found = [module for module in model.modules() if target is not None and isinstance(module, target)]
     if not found:
         raise ValueError(f"`model` ({name}) can't be served: it does not say which of its modules attend")
     if any(getattr(module, "is_causal", False) for module in found):
         raise ValueError(f"`model` must be an encoder, got {name}, whose attention is causal")
     return dict(enumerate(found))
+
+
+def attention_by_configuration(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str]]:
+    """Each configuration in a model, one of a part after that of the whole, with the name of its attention."""
+    found: dict[int, PreTrainedConfig] = {}
+    waiting = [model.config, *(module.config for module in model.modules() if isinstance(module, PreTrainedModel))]
+    while waiting:
+        config = waiting.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = [getattr(config, name, None) for name in config.sub_configs]
+            waiting += [part for part in parts if part is not None]
+    return [(config, config._attn_implementation) for config in found.values()]
+
+
+def set_attention_back(before: Sequence[tuple[PreTrainedConfig, str]]) -> None:
+    """Give every configuration the attention that [`attention_by_configuration`] found."""
+    for config, name in before:
+        config._attn_implementation = name
+
+
+def choice_of_tree(
+    tree: int | Sequence[int | None] | TreeBuilder,
+) -> tuple[int | list[int | None] | None, TreeBuilder | None]:
+    """Branching and builder, of which one is `None`; ValueError for what is neither."""
+    if callable(tree):
+        return None, tree
+    try:
+        branching = operator.index(tree)
+    except TypeError:
+        try:
+            branching = [None if factor is None else operator.index(factor) for factor in tree]
+        except TypeError:
+            raise ValueError(
+                "`tree` must be an integer, a sequence of integers that ends in None, or a function from a mask to its "
+                f"trees, got {tree!r}"
+            ) from None
+    SignalTree.regular([2], branching)  # refuses other factors
+    if isinstance(branching, list) and branching[-1] is not None:
+        raise ValueError(f"`tree` must end in None, the root of texts of any length, got {tuple(branching)}")
+    return branching, None
+
+
+def checked_integers(name: str, values: Sequence[int]) -> list[int]:
+    """The values of the argument `name`; ValueError where they are no integers."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise ValueError(f"`{name}` must be integers, got {values!r}") from None
+
+
+def checked_exact_tokens(exact_tokens: Sequence[int]) -> list[int]:
+    """The positions; ValueError where they are no integers, negative or repeated."""
+    positions = checked_integers("exact_tokens", exact_tokens)
+    if any(position < 0 for position in positions) or len(set(positions)) < len(positions):
+        raise ValueError(f"`exact_tokens` must be different positions of at least 0, got {positions}")
+    return positions
+
+
+def refusal_of_part(module: nn.Module) -> ValueError:
+    """The error for a module that attends, and is a part of one that the model names as its attention."""
+    return ValueError(
+        f"`model` can't be served: {type(module).__name__} attends inside of the module that the model names as its attention"
+    )
+
+
+def check_scores(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """ValueError where a model asks for more than softmax attention: PyTorch's would leave it out without a word."""
+    for name in ("softcap", "s_aux", "sinks"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"`model` can't be served: the attention of {type(module).__name__} has `{name}`")
+
+
+def check_chosen(module: nn.Module, query: torch.Tensor, key: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+    """ValueError where a call of a chosen module is not self-attention along the trees that were chosen."""
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"`model` can't be served: {type(module).__name__} has {key.shape[2]} keys for {query.shape[2]} queries, as with "
+            "a prefix or a cache"
+        )
+    if arguments.get("segment_ids") is not None:
+        raise ValueError(
+            "`segment_ids` are not read by a pretrained model: its trees are what `inject` was given as `tree`, for instance "
+            "a function that knows the segments of the batch"
+        )
 
 
 def has_window(module: nn.Module) -> bool:
@@ -77,9 +169,11 @@ def hsa_attention(
         `tuple[torch.Tensor, None]`: `(B, N, H, d)`; HSA has no attention weights to give.
 
     Raises:
-        ValueError: a model that was not injected, though its configuration says that it was, or a chosen module whose attention
-            is causal or whose mask hides more than padding.
+        ValueError: a model that was not injected, though its configuration says that it was, attention with soft-capped scores
+            or sinks, or a chosen module whose attention is causal, has keys that are no queries, or has a mask that hides more
+            than padding.
     """
+    check_scores(module, kwargs)
     is_causal = kwargs.pop("is_causal", None)
     if "_hsa" in module.__dict__:
         choice = module.__dict__["_hsa"]
@@ -88,11 +182,14 @@ def hsa_attention(
     else:
         raise ValueError(
             f"`config.{CONFIG_KEY}` says that HSA was injected, but this model was not: either it comes from a checkpoint that "
-            "was saved with an injection, by `attn_implementation='hsa'`, where `hkt_hf.hsa.load` reads it, or it has its "
-            "configuration object in common with an injected model, and needs a copy"
+            "was saved with an injection, by `attn_implementation='hsa'`, where `hkt_hf.hsa.load` reads it, or it was made with "
+            f"the configuration of an injected model, and needs a copy without `{CONFIG_KEY}` and with another attention"
         )
+    if choice == INSIDE:
+        raise refusal_of_part(module)
     if choice is None:
         return own_attention(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
+    check_chosen(module, query, key, kwargs)
     mask = key_mask(module, attention_mask, is_causal, len(query))
     key, value = for_each_head(key, query), for_each_head(value, query)
     output = choice.attend(query, key, value, mask, scaling)

@@ -12,18 +12,27 @@ from .attention import (
     DEFAULT_BRANCHING,
     LayerChoice,
     TreeBuilder,
+    attention_by_configuration,
     attention_modules,
+    check_chosen,
+    check_scores,
+    checked_exact_tokens,
+    choice_of_tree,
     for_each_head,
     has_window,
     hsa_mask,
     key_mask,
     own_attention,
     real_first,
+    refusal_of_part,
     reorder,
+    set_attention_back,
 )
 
 
 PROBE_NAME = "hsa_gap"
+SCORES_AT_ONCE = 2**22
+"""Entries of float64: 32 MiB."""
 
 
 def gap_report(
@@ -32,19 +41,20 @@ def gap_report(
     *,
     tree: int | Sequence[int | None] | TreeBuilder = DEFAULT_BRANCHING,
     exact_tokens: Sequence[int] = (0,),
-    num_rows: int = 128,
+    num_rows: int | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Mean KL divergence, a row, of HSA from the attention of each layer, with the hidden states of the model as it is.
 
-    The divergence of all rows is `phi + log Z_i` in the mean (identity 2 of the theory), and `log Z_i` is taken from some rows:
-    `O(N b + num_rows N)` a layer, no matrix of all pairs.
+    The divergence of all rows is `phi + log Z_i` in the mean (identity 2 of the theory). `log Z_i` of all rows takes as many
+    operations as the model's own attention, in parts, so that no matrix of all pairs is kept.
 
     Args:
         model (`PreTrainedModel`): an encoder that [`~hkt_hf.hsa.inject.inject`] can serve, not injected. It is left as it was.
         batch (mapping): inputs as the model takes them.
         tree, exact_tokens: as in [`~hkt_hf.hsa.inject.inject`].
-        num_rows (`int`, *optional*, defaults to 128): rows a sequence; all where there are no more. At least 1.
+        num_rows (`int`, *optional*): take `log Z_i` from this many rows of each sequence, at least 1, for very long ones. All by
+            default: `log Z_i` differs from row to row by more than small gaps, and a mean over some may even be negative.
         seed (`int`, *optional*, defaults to 0): for which rows.
 
     Returns:
@@ -54,18 +64,22 @@ def gap_report(
     Raises:
         TypeError, ValueError: as [`~hkt_hf.hsa.inject.inject`], or `num_rows` below 1.
     """
-    if num_rows < 1:
+    if num_rows is not None and num_rows < 1:
         raise ValueError(f"`num_rows` must be at least 1, got {num_rows}")
     modules = attention_modules(model)
-    builder = tree if callable(tree) else None
-    choice = LayerChoice(None if callable(tree) else tree, builder, tuple(exact_tokens))
+    choice = LayerChoice(*choice_of_tree(tree), tuple(checked_exact_tokens(exact_tokens)))
     generator = torch.Generator().manual_seed(seed)
     found: dict[int, torch.Tensor] = {}
     layer_of = {id(module): layer for layer, module in modules.items()}
+    parts = {id(part) for module in modules.values() for part in module.modules()} - layer_of.keys()
 
     def probe(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-        layer, is_causal = layer_of[id(module)], kwargs.pop("is_causal", None)
-        if not has_window(module):
+        check_scores(module, kwargs)
+        layer, is_causal = layer_of.get(id(module)), kwargs.pop("is_causal", None)
+        if id(module) in parts:
+            raise refusal_of_part(module)
+        if layer is not None and not has_window(module):
+            check_chosen(module, query, key, kwargs)
             mask = key_mask(module, attention_mask, is_causal, len(query))
             gaps = _gaps(choice, query, for_each_head(key, query), mask, scaling, num_rows, generator)
             found[layer] = found.get(layer, 0.0) + gaps
@@ -81,7 +95,7 @@ def gap_report(
 
 @contextmanager
 def _attending_by(model: PreTrainedModel, function):
-    before = model.config._attn_implementation
+    before = attention_by_configuration(model)
     was_training = {module: module.training for module in model.modules()}
     AttentionInterface.register(PROBE_NAME, function)
     AttentionMaskInterface.register(PROBE_NAME, hsa_mask)
@@ -90,12 +104,12 @@ def _attending_by(model: PreTrainedModel, function):
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_attention_back(before)
         for module, training in was_training.items():
             module.training = training
 
 
-def _gaps(choice, query, key, mask, scaling, num_rows: int, generator) -> torch.Tensor:
+def _gaps(choice, query, key, mask, scaling, num_rows: int | None, generator) -> torch.Tensor:
     """Mean gap of each head, `(H,)` float64."""
     query, key = query.double(), key.double()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -113,11 +127,14 @@ def _gaps(choice, query, key, mask, scaling, num_rows: int, generator) -> torch.
         counted = weights[row].nonzero().squeeze(1)
         if len(counted) == 0:
             continue
-        if len(counted) > num_rows:
+        if num_rows is not None and len(counted) > num_rows:
             picked = torch.randperm(len(counted), generator=generator)[:num_rows].to(counted.device)
             counted = counted[picked]
-        scores = scaling * query[row][:, counted] @ key[row].transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[row], -torch.inf)
-        gaps.append(energy[row] + scores.logsumexp(-1).mean(-1))
+        log_sums = torch.zeros(heads, dtype=torch.double, device=query.device)
+        for part in counted.split(max(SCORES_AT_ONCE // (heads * length), 1)):
+            scores = scaling * query[row][:, part] @ key[row].transpose(-1, -2)
+            if mask is not None:
+                scores = scores.masked_fill(~mask[row], -torch.inf)
+            log_sums += scores.logsumexp(-1).sum(-1)
+        gaps.append(energy[row] + log_sums / len(counted))
     return torch.stack(gaps).mean(0) if gaps else torch.zeros(heads, dtype=torch.double)

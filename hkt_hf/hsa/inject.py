@@ -4,7 +4,6 @@ The energies that make HSA closest to `softmax(scale * q . k)` need nothing but 
 encoder whose attention goes through transformers' `AttentionInterface` can be told to use it, in some layers or in all.
 """
 
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,15 +12,20 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ..modeling.tree_hsa import SignalTree
 from .attention import (
     ATTENTION_NAME,
     CONFIG_KEY,
     DEFAULT_BRANCHING,
+    INSIDE,
     LayerChoice,
     TreeBuilder,
+    attention_by_configuration,
     attention_modules,
+    checked_exact_tokens,
+    checked_integers,
+    choice_of_tree,
     has_window,
+    set_attention_back,
 )
 from .gap import gap_report
 
@@ -75,26 +79,22 @@ def inject(
     Raises:
         ValueError: a decoder or another model that can't be served (the message says why), one that is injected already, as a
             whole, in a part or as a part, or that has its configuration object in common with an injected model, a bad
-            branching, a layer out of range or with a sliding window, or `layers="auto"` without a batch. The model is then as it was.
-            Causal attention that only shows when the model runs (the text model of CLIP), a mask that hides more than
-            padding, and a tree of a function that is not over the real tokens, are refused by the forward pass, in
-            `layers="auto"` and later.
+            branching, a layer out of range or with a sliding window, or `layers="auto"` without a batch or with a budget that
+            admits no layer. The model is then as it was. What only shows when the model runs is refused by the forward pass,
+            in `layers="auto"` and later: causal attention (the text model of CLIP), soft-capped scores, sinks, keys that are no
+            queries, a mask that hides more than padding or adds to the scores, `segment_ids`, and a tree of a function that is
+            not over the real tokens.
         TypeError: `model` is no `PreTrainedModel`.
     """
     modules = attention_modules(model)
     _check_not_injected(model)
-    exact_tokens = _integers("exact_tokens", exact_tokens)
-    if any(position < 0 for position in exact_tokens) or len(set(exact_tokens)) < len(exact_tokens):
-        raise ValueError(f"`exact_tokens` must be different positions of at least 0, got {exact_tokens}")
-    branching = None
-    if not callable(tree):
-        branching = tree if isinstance(tree, int) else list(tree)
-        SignalTree.regular([2], branching if isinstance(branching, int) else [*branching])
+    exact_tokens = checked_exact_tokens(exact_tokens)
+    branching, builder = choice_of_tree(tree)
     if isinstance(layers, str):
         chosen = _layers_by_name(layers, model, modules, tree, exact_tokens, batch, budget)
     else:
         chosen = _check_layers(layers, modules)
-    _apply(model, modules, Injection(branching, chosen, exact_tokens), tree if callable(tree) else None)
+    _apply(model, modules, Injection(branching, chosen, exact_tokens), builder)
     return model
 
 
@@ -114,17 +114,19 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             "`model` is not injected: there is nothing to restore. What was given to `inject` is what `restore` takes"
         )
-    before = model.__dict__.pop("_attention_before_hsa")
+    before, choice = model.__dict__.pop("_before_hsa")
     for module in model.modules():
         module.__dict__.pop("_hsa", None)
     model.config.__dict__.pop(CONFIG_KEY, None)
-    model.set_attn_implementation(before)
+    if choice is not None:  # of a checkpoint that was saved with an injection
+        setattr(model.config, CONFIG_KEY, choice)
+    set_attention_back(before)
     return model
 
 
 def is_injected(model: PreTrainedModel) -> bool:
     """Whether [`inject`] has changed a model."""
-    return "_attention_before_hsa" in model.__dict__
+    return "_before_hsa" in model.__dict__
 
 
 def load(path: str | os.PathLike, auto_class: type = AutoModelForSequenceClassification, **kwargs) -> PreTrainedModel:
@@ -137,10 +139,14 @@ def load(path: str | os.PathLike, auto_class: type = AutoModelForSequenceClassif
         auto_class (`type`, *optional*, defaults to `AutoModelForSequenceClassification`): the Auto class to load with.
         kwargs: of `from_pretrained`.
 
+    Returns:
+        `PreTrainedModel`: the model; with `output_loading_info=True` a tuple of it and the information.
+
     Raises:
         ValueError: a checkpoint of a model that was not injected, or whose trees came from a function.
     """
-    model = auto_class.from_pretrained(path, **kwargs)
+    loaded = auto_class.from_pretrained(path, **kwargs)
+    model, *information = loaded if isinstance(loaded, tuple) else (loaded,)
     choice = getattr(model.config, CONFIG_KEY, None)
     if not choice:
         raise ValueError(
@@ -151,35 +157,31 @@ def load(path: str | os.PathLike, auto_class: type = AutoModelForSequenceClassif
             f"`path` {str(path)!r} was injected with a function for `tree`: load it and inject it with that"
         )
     delattr(model.config, CONFIG_KEY)
-    return inject(model, tree=choice["branching"], layers=choice["layers"], exact_tokens=choice["exact_tokens"])
+    inject(model, tree=choice["branching"], layers=choice["layers"], exact_tokens=choice["exact_tokens"])
+    return (model, *information) if information else model
 
 
 def _check_not_injected(model: PreTrainedModel) -> None:
     if is_injected(model):
         raise ValueError("`model` is injected already: `restore(model)` takes it back first")
-    for name, module in model.named_modules():
-        if "_hsa" in module.__dict__:
-            raise ValueError(
-                f"`model` has a part that is injected already ({name!r}): `restore` what it was injected into first, the part, "
-                "the whole, or another model that has the part in common"
-            )
+    told = {name: module.__dict__["_hsa"] for name, module in model.named_modules() if "_hsa" in module.__dict__}
+    if told:
+        name = next((name for name, choice in told.items() if isinstance(choice, LayerChoice)), next(iter(told)))
+        raise ValueError(
+            f"`model` has a part that is injected already ({name!r}): `restore` what it was injected into first, the part, the "
+            "whole, or another model that has the part in common"
+        )
     if model.config._attn_implementation == ATTENTION_NAME and getattr(model.config, CONFIG_KEY, None) is not None:
         raise ValueError(
             "`model` has its configuration object in common with an injected model, or was read with "
-            "`attn_implementation='hsa'` from a checkpoint that was saved with an injection: make it with a copy of the "
-            "configuration, or read it with `hkt_hf.hsa.load`"
+            "`attn_implementation='hsa'` from a checkpoint that was saved with an injection: read that with "
+            f"`hkt_hf.hsa.load`, or make the model with a copy of the configuration without `{CONFIG_KEY}` (`del "
+            f"copy.{CONFIG_KEY}`) and with another `attn_implementation`"
         )
 
 
-def _integers(name: str, values: Sequence[int]) -> list[int]:
-    try:
-        return [operator.index(value) for value in values]
-    except TypeError:
-        raise ValueError(f"`{name}` must be integers, got {values!r}") from None
-
-
 def _check_layers(layers: Sequence[int], modules: Mapping[int, nn.Module]) -> list[int]:
-    chosen = sorted(_integers("layers", layers))
+    chosen = sorted(checked_integers("layers", layers))
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"`layers` must be different indices, at least one, got {list(layers)}")
     for layer in chosen:
@@ -192,12 +194,16 @@ def _check_layers(layers: Sequence[int], modules: Mapping[int, nn.Module]) -> li
 
 def _layers_by_name(name, model, modules, tree, exact_tokens, batch, budget) -> list[int]:
     possible = [layer for layer, module in modules.items() if not has_window(module)]
+    if not possible:
+        raise ValueError("`model` can't be served: the attention of each of its layers has a sliding window")
     if name == "all":
         return possible
     if name != "auto":
         raise ValueError(f"`layers` must be 'auto', 'all' or indices, got {name!r}")
     if batch is None:
         raise ValueError("`layers='auto'` needs a `batch` to measure gaps on, or name the layers")
+    if not budget >= 0:
+        raise ValueError(f"`budget` must be at least 0 nats, got {budget}")
     gaps = sorted(
         (entry["gap"], entry["layer"]) for entry in gap_report(model, batch, tree=tree, exact_tokens=exact_tokens)
     )
@@ -215,10 +221,16 @@ def _layers_by_name(name, model, modules, tree, exact_tokens, batch, budget) -> 
 
 
 def _apply(model, modules, injection: Injection, builder: TreeBuilder | None) -> None:
-    before = model.config._attn_implementation
+    before = attention_by_configuration(model)
+    model.__dict__["_before_hsa"] = before, getattr(model.config, CONFIG_KEY, None)
     model.set_attn_implementation(ATTENTION_NAME)
-    model.__dict__["_attention_before_hsa"] = before
     setattr(model.config, CONFIG_KEY, asdict(injection))
     choice = LayerChoice(injection.branching, builder, tuple(injection.exact_tokens))
+    # Every module is told, so that other attention in the model, such as that of a second tower, stays as it was.
+    for module in model.modules():
+        module.__dict__["_hsa"] = None
+    for attention in modules.values():
+        for part in attention.modules():
+            part.__dict__["_hsa"] = INSIDE
     for layer, module in modules.items():
         module.__dict__["_hsa"] = choice if layer in injection.layers else None

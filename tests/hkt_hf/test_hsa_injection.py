@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     CamembertConfig,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     DistilBertConfig,
@@ -21,11 +26,13 @@ from transformers import (
     LlamaConfig,
     ModernBertConfig,
     RobertaConfig,
+    SwinConfig,
     T5Config,
     XLMRobertaConfig,
 )
 
-from hkt_hf.hsa import SignalTree, gap_report, hsa_matrix, inject, load, restore
+from hkt_hf.hsa import SignalTree, gap, gap_report, hsa_matrix, inject, load, restore
+from hkt_hf.hsa.attention import hsa_attention
 from hkt_hf.hsa.gap import PROBE_NAME
 from hkt_hf.hsa.inject import is_injected
 
@@ -345,9 +352,7 @@ def test_models_with_one_configuration_object_are_not_injected_both():
     before = logits(first, **batch)
     inject(first, tree=(4, None), layers=[1])
     after = logits(first, **batch)
-    with pytest.raises(
-        ValueError, match="its configuration object in common with an injected model, and needs a copy"
-    ):
+    with pytest.raises(ValueError, match="made with the configuration of an injected model, and needs a copy"):
         second(**batch)
     with pytest.raises(ValueError, match="its configuration object in common with an injected model"):
         inject(second, tree=(8, None), layers="all")
@@ -356,6 +361,78 @@ def test_models_with_one_configuration_object_are_not_injected_both():
     assert torch.equal(logits(first, **batch), before) and torch.equal(logits(second, **batch), before)
     inject(second, tree=(4, None), layers=[1])
     assert torch.equal(logits(second, **batch), after)
+
+
+def test_the_configuration_of_an_injected_model_makes_another_as_the_error_says():
+    model = encoder()
+    inject(model, tree=(4, None), layers=[1])
+    config = copy.deepcopy(model.config)
+    with pytest.raises(
+        ValueError, match=r"a copy of the configuration without `hsa` \(`del copy\.hsa`\) and with another"
+    ):
+        inject(type(model)(config), layers=[1])
+    del config.hsa
+    student = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    inject(student, tree=(8, None), layers=[2])
+    assert student.config.hsa["layers"] == [2] and model.config.hsa["layers"] == [1]
+
+
+def test_a_choice_from_a_checkpoint_comes_back_with_restore(tmp_path):
+    model = encoder()
+    inject(model, tree=(4, None), layers=[1])
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    before = plain.config.to_dict()
+    inject(plain, tree=(8, None), layers=[2])
+    assert plain.config.hsa["layers"] == [2]
+    assert restore(plain).config.to_dict() == before and before["hsa"]["layers"] == [1]
+
+
+def towers(kind):
+    text = {**{name: value for name, value in SIZES.items() if name != "num_labels"}, "max_position_embeddings": 40}
+    sizes = {
+        name: text[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+    }
+    vision = {**sizes, "image_size": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    if kind == "clip":
+        return CLIPModel(CLIPConfig(text_config={**text, "eos_token_id": 2}, vision_config=vision)).eval()
+    return ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision)).eval()
+
+
+def test_the_other_tower_stays_as_it_was():
+    """Only the attention of pictures is named by this model."""
+    model, input_ids = towers("chinese-clip"), batch_of((23, 23))["input_ids"]
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        text, pictures = (
+            lambda: model.text_model(input_ids=input_ids).last_hidden_state,
+            lambda: model.vision_model(pixel_values=pixels).last_hidden_state,
+        )
+        before = text(), pictures()
+        inject(model, tree=(4, None), layers=[0], exact_tokens=())
+        torch.testing.assert_close(text(), before[0], rtol=0, atol=1e-6)
+        assert (pictures() - before[1]).abs().max() > 1e-4
+        restore(model)
+        assert torch.equal(text(), before[0]) and torch.equal(pictures(), before[1])
+        gaps = gap_report(model, {"input_ids": input_ids, "pixel_values": pixels}, tree=(4, None))
+        assert [entry["layer"] for entry in gaps] == [0, 1, 2]
+
+
+def test_each_part_gets_its_own_attention_back():
+    model = towers("clip")
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    names = lambda: [
+        config._attn_implementation for config in (model.config, model.config.text_config, model.config.vision_config)
+    ]  # noqa: E731
+    before = names()
+    inject(model, layers=[4])
+    assert set(names()) == {"hsa"}
+    restore(model)
+    assert names() == before and before[1:] == ["eager", "sdpa"]
+    with pytest.raises(ValueError, match="is causal"):
+        gap_report(model, {**batch_of((23, 23)), "pixel_values": torch.randn(2, 3, 16, 16)})
+    assert names() == before
 
 
 def test_a_model_and_its_part_are_not_injected_both():
@@ -502,9 +579,19 @@ def test_the_gaps_of_passes_through_shared_weights_add_up():
     assert entry["by_head"] == pytest.approx([sum(gaps) for gaps in zip(*by_head, strict=True)])
 
 
+def test_the_gap_of_all_rows_is_exact(monkeypatch):
+    """In parts of some rows, too; a flat tree has none, however long the texts."""
+    model, batch = encoder(), batch_of((200, 170), 200)
+    whole = gap_report(model, batch, tree=(8, None))
+    monkeypatch.setattr(gap, "SCORES_AT_ONCE", 7 * 4 * 200)
+    for first, second in zip(whole, gap_report(model, batch, tree=(8, None)), strict=True):
+        assert second["by_head"] == pytest.approx(first["by_head"], abs=1e-12) and first["gap"] > 0.05
+    assert all(abs(entry["gap"]) < 1e-6 for entry in gap_report(model, batch, tree=(None,)))
+
+
 def test_sampled_rows_estimate_the_gap():
     model, batch = encoder(), batch_of((200, 200), 200)
-    exact = gap_report(model, batch, tree=(8, None), num_rows=200)
+    exact = gap_report(model, batch, tree=(8, None))
     sampled = gap_report(model, batch, tree=(8, None), num_rows=100)
     for first, second in zip(exact, sampled, strict=True):
         assert second["gap"] == pytest.approx(first["gap"], abs=0.3) and second["gap"] != first["gap"]
@@ -542,6 +629,11 @@ def test_auto_takes_the_most_layers_within_the_budget():
         ({"layers": [0], "tree": (None, 4)}, "None at the last level only"),
         ({"layers": [0], "exact_tokens": (-1,)}, "`exact_tokens`"),
         ({"layers": [0], "exact_tokens": (1, 1)}, "`exact_tokens`"),
+        ({"layers": [0], "tree": (4, 4)}, r"`tree` must end in None, the root of texts of any length, got \(4, 4\)"),
+        ({"layers": [0], "tree": None}, "`tree` must be an integer, a sequence .* or a function .*, got None"),
+        ({"layers": [0], "tree": SignalTree.regular([23], 4)}, "`tree` must be an integer, .*, got SignalTree"),
+        ({"layers": [0], "tree": "text"}, "`tree` must be an integer, .*, got 'text'"),
+        ({"layers": "auto", "batch": {}, "budget": float("nan")}, "`budget` must be at least 0 nats, got nan"),
     ],
 )
 def test_bad_choices_leave_the_model_untouched(options, message):
@@ -551,6 +643,73 @@ def test_bad_choices_leave_the_model_untouched(options, message):
         inject(model, **options)
     assert model.config.to_dict() == config and not is_injected(model)
     assert torch.equal(logits(model, **batch), before)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"exact_tokens": (-1,)}, "`exact_tokens` must be different positions"),
+        ({"exact_tokens": (0, 0)}, "`exact_tokens` must be different positions"),
+        ({"exact_tokens": (0.5,)}, "`exact_tokens` must be integers"),
+        ({"tree": (4, 4)}, "`tree` must end in None"),
+        ({"num_rows": 0}, "`num_rows` must be at least 1"),
+    ],
+)
+def test_gaps_of_bad_choices_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        gap_report(encoder(), batch_of(), **options)
+
+
+def test_a_branching_of_any_integer_type():
+    assert inject(encoder(), tree=np.int64(4), layers=[1]).config.hsa["branching"] == 4
+    assert inject(encoder(), tree=[np.int64(4), None], layers=np.array([1])).config.hsa["branching"] == [4, None]
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks"])
+def test_scores_that_are_more_than_products_are_refused(name):
+    """By chosen and other modules alike: PyTorch's attention would leave them out."""
+    model = encoder()
+    states = torch.randn(1, 4, 5, 8)
+    inject(model, layers=[0])
+    for layer in (0, 1):
+        module = model.bert.encoder.layer[layer].attention.self
+        with pytest.raises(ValueError, match=f"the attention of BertSelfAttention has `{name}`"):
+            hsa_attention(module, states, states, states, None, **{name: 1.0})
+
+
+def test_keys_that_are_no_queries_and_segments_are_refused():
+    model, batch = encoder(), batch_of()
+    inject(model, layers=[0])
+    module = model.bert.encoder.layer[0].attention.self
+    with pytest.raises(ValueError, match="BertSelfAttention has 7 keys for 5 queries"):
+        hsa_attention(module, *(torch.randn(1, 4, length, 8) for length in (5, 7, 7)), None)
+    with pytest.raises(ValueError, match="`segment_ids` are not read by a pretrained model"):
+        model(**batch, segment_ids=torch.zeros(3, 1, 23).long())
+
+
+def test_loading_tells_what_from_pretrained_tells(tmp_path):
+    inject(encoder(), tree=(4, None), layers=[1]).save_pretrained(tmp_path)
+    model, information = load(tmp_path, output_loading_info=True)
+    assert is_injected(model) and not information["missing_keys"]
+
+
+def test_models_that_attend_elsewhere_than_they_say_are_refused():
+    config = SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    model, batch = AutoModel.from_config(config).eval(), {"pixel_values": torch.randn(1, 3, 32, 32)}
+    with pytest.raises(ValueError, match="attends inside of the module that the model names as its attention"):
+        gap_report(model, batch)
+    inject(model, layers="all")
+    with pytest.raises(ValueError, match="attends inside of the module that the model names as its attention"):
+        model(**batch)
+
+
+def test_a_model_of_windows_alone_is_refused():
+    config = ModernBertConfig(**SIZES, **MODERN, layer_types=["sliding_attention"] * 3, local_attention=8)
+    model = AutoModel.from_config(config)
+    for layers in ("auto", "all"):
+        with pytest.raises(ValueError, match="each of its layers has a sliding window"):
+            inject(model, layers=layers, batch=batch_of())
+    assert not is_injected(model)
 
 
 def test_models_that_can_not_be_served_say_so():
