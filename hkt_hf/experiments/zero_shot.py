@@ -24,7 +24,7 @@ from ..files import replacing, write_json
 from ..hsa.attention import attention_modules
 from ..hsa.cost import attention_operations, hsa_operations
 from ..hsa.gap import gap_report
-from ..hsa.inject import inject, restore
+from ..hsa.inject import inject, load, restore
 from ..hsa.tree import SignalTree
 from ..tokenization import encode_texts
 from ..training import build_model_and_tokenizer, train
@@ -49,12 +49,13 @@ class Protocol:
         lengths (sequence of `int`): longest inputs; longer texts are cut.
         layer_sets (sequence of sequences of `int`): layers to replace, each set with every tree.
         trees (sequence): branchings, as in [`~hkt_hf.hsa.inject.inject`].
-        num_test (`int`): test examples, the first ones.
+        num_test (`int`): test examples, drawn once.
         batch_size (`int`): of evaluation.
         without_exact (sequence of pairs): layers and tree of injections that are also measured without any exact row; all
             others have that of the first token, which the classifier reads.
         further_steps (`int`): of fine-tuning after injection; 0 for none.
-        further (sequence of pairs): layers and tree of each injection to fine-tune further, at the first length.
+        further (sequence of pairs): layers and tree of each injection to fine-tune further, at the first length; the model
+            with its own attention is fine-tuned as much, to compare them with.
 
     Raises:
         ValueError: a number below 1, or nothing to measure.
@@ -90,7 +91,8 @@ def zero_shot(
 
     Returns:
         `dict`: the file's content: `rows`, one a measurement, with its `difference` to the model's own attention at that
-        length (percentage points of accuracy, paired by test example, as [`~.statistics.paired_difference`] has it); `gaps`
+        length and after as many steps (percentage points of accuracy, paired by test example, as
+        [`~.statistics.paired_difference`] has it); `gaps`
         of each length and tree; and where they come from.
 
     Raises:
@@ -111,7 +113,15 @@ def zero_shot(
     done = {_key(row) for row in result["rows"]}
 
     def keep(row: dict[str, Any]) -> None:
-        own = next((kept for kept in result["rows"] if kept["tree"] is None and kept["length"] == row["length"]), None)
+        alike = ("length", "further_steps")
+        own = next(
+            (
+                kept
+                for kept in result["rows"]
+                if kept["tree"] is None and all(kept[name] == row[name] for name in alike)
+            ),
+            None,
+        )
         if own is not None:
             row["difference"] = statistics.paired_difference(_points(row), _points(own))
         result["rows"].append(row)
@@ -148,12 +158,12 @@ def zero_shot(
                 gaps = [round(entry["gap"], 5) for entry in gap_report(model, batch, tree=tree)]
                 result["gaps"].append({"length": length, "tree": tree, "by_layer": gaps})
                 write_json(path, result)
-    for chosen, tree in protocol.further:
+    for chosen, tree in [((), None), *protocol.further] if protocol.further else []:
         case = {
             "length": protocol.lengths[0],
             "layers": list(chosen),
             "tree": tree,
-            "exact_tokens": list(EXACT_TOKENS),
+            "exact_tokens": [] if tree is None else list(EXACT_TOKENS),
             "further_steps": protocol.further_steps,
         }
         if protocol.further_steps and _key(case) not in done:
@@ -172,7 +182,8 @@ def measure(
         means an example over all layers; `saved_in_replaced_layers`, the share of the replaced layers' operations that is
         saved, `None` without any; `seconds`, an example.
     """
-    split = task.splits["test"].select(range(min(protocol.num_test, len(task.splits["test"]))))
+    drawn = torch.randperm(len(task.splits["test"]), generator=torch.Generator().manual_seed(0))[: protocol.num_test]
+    split = task.splits["test"].select(drawn.sort().values.tolist())
     texts, labels = split["text"][:], torch.tensor(split["label"][:])
     lengths = torch.tensor([len(ids) for ids in encode_texts(tokenizer, texts, length)])
     order = lengths.argsort(descending=True)
@@ -239,15 +250,15 @@ FRONTIERS = {
 
 def _kind(row: dict[str, Any]) -> str:
     """What a point is, for the legend."""
+    details = ["fine-tuned further"] * bool(row["further_steps"])
     if row["tree"] is None:
-        return "its own attention"
-    details = ["fine-tuned further"] * bool(row["further_steps"]) + ["no exact row"] * (not row["exact_tokens"])
-    return ", ".join([f"tree {row['tree']}", *details])
+        return ", ".join(["its own attention", *details])
+    return ", ".join([f"tree {row['tree']}", *details, *["no exact row"] * (not row["exact_tokens"])])
 
 
 def _train_further(config, task, chosen, tree, steps: int) -> PreTrainedModel:
-    """The injected classifier after more steps on the same data, at a tenth of the learning rate."""
-    name = f"{'-'.join(map(str, chosen))}-{str(tree).replace(' ', '')}"
+    """The classifier, injected where there is a tree, after more steps on the same data, at a tenth of the learning rate."""
+    name = "own" if tree is None else f"{'-'.join(map(str, chosen))}-{str(tree).replace(' ', '')}"
     rate = config.training["learning_rate"] / 10
     further = replace(
         config,
@@ -258,13 +269,13 @@ def _train_further(config, task, chosen, tree, steps: int) -> PreTrainedModel:
 
     def build(config, task):
         model, tokenizer = build_model_and_tokenizer(config, task)
-        return inject(model, tree=tree, layers=chosen), tokenizer
+        return model if tree is None else inject(model, tree=tree, layers=chosen), tokenizer
 
     train(further, build=build)
-    model = AutoModelForSequenceClassification.from_pretrained(further.output_dir).eval()
-    if hasattr(model.config, "hsa"):
-        delattr(model.config, "hsa")
-    return inject(model, tree=tree, layers=chosen)
+    auto_class = AutoModelForSequenceClassification
+    return (
+        auto_class.from_pretrained(further.output_dir) if tree is None else load(further.output_dir, auto_class)
+    ).eval()
 
 
 def _points(row: dict[str, Any]) -> list[float]:

@@ -422,9 +422,11 @@ def test_the_other_tower_stays_as_it_was():
 def test_each_part_gets_its_own_attention_back():
     model = towers("clip")
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
-    names = lambda: [
-        config._attn_implementation for config in (model.config, model.config.text_config, model.config.vision_config)
-    ]  # noqa: E731
+
+    def names():
+        configs = model.config, model.config.text_config, model.config.vision_config
+        return [config._attn_implementation for config in configs]
+
     before = names()
     inject(model, layers=[4])
     assert set(names()) == {"hsa"}
