@@ -26,12 +26,14 @@ from hkt_hf.experiments.zero_shot import Protocol, plot, zero_shot
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 OWN_POSITIONS = 512
 ALL_LAYERS = [0, 1, 2, 3, 4, 5]
+BUDGETS = [0.1, 0.25, 0.5, 1.0]
 PROTOCOLS = {
     "sst2": Protocol(
         lengths=[64],
         layer_sets=[[5], [4, 5], [3, 5], [3, 4, 5], [1, 3, 5], [2, 3, 4, 5], ALL_LAYERS],
         trees=[4, [8, None], [16, None]],
         num_test=872,
+        budgets=BUDGETS,
     ),
     "imdb": Protocol(
         lengths=[256, 512],
@@ -39,6 +41,7 @@ PROTOCOLS = {
         trees=[4, [16, None]],
         num_test=1000,
         without_exact=[([4, 5], 4), ([1, 3, 5], 4)],
+        budgets=BUDGETS,
         further_steps=200,
         further=[(ALL_LAYERS, 4), (ALL_LAYERS, [16, None])],
     ),

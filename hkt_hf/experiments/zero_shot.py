@@ -24,7 +24,7 @@ from ..files import replacing, write_json
 from ..hsa.attention import attention_modules
 from ..hsa.cost import attention_operations, hsa_operations
 from ..hsa.gap import gap_report
-from ..hsa.inject import inject, load, restore
+from ..hsa.inject import inject, layers_within, load, restore
 from ..hsa.tree import SignalTree
 from ..tokenization import encode_texts
 from ..training import build_model_and_tokenizer, train
@@ -37,7 +37,7 @@ from matplotlib import pyplot as plt
 
 logger = logging.getLogger(__name__)
 
-GAP_EXAMPLES = 8
+GAP_EXAMPLES = 32
 EXACT_TOKENS = (0,)
 
 
@@ -53,6 +53,7 @@ class Protocol:
         batch_size (`int`): of evaluation.
         without_exact (sequence of pairs): layers and tree of injections that are also measured without any exact row; all
             others have that of the first token, which the classifier reads.
+        budgets (sequence of `float`): nats, of `layers="auto"`: what it chooses by the gaps on validation examples is measured, too.
         further_steps (`int`): of fine-tuning after injection; 0 for none.
         further (sequence of pairs): layers and tree of each injection to fine-tune further, at the first length; the model
             with its own attention is fine-tuned as much, to compare them with.
@@ -67,6 +68,7 @@ class Protocol:
     num_test: int
     batch_size: int = 32
     without_exact: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
+    budgets: Sequence[float] = ()
     further_steps: int = 0
     further: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
 
@@ -92,7 +94,7 @@ def zero_shot(
     Returns:
         `dict`: the file's content: `rows`, one a measurement, with its `difference` to the model's own attention at that
         length and after as many steps (percentage points of accuracy, paired by test example, as
-        [`~.statistics.paired_difference`] has it); `gaps`
+        [`~.statistics.paired_difference`] has it); `gaps` in nats
         of each length and tree; and where they come from.
 
     Raises:
@@ -102,7 +104,7 @@ def zero_shot(
     path = Path(path)
     task = load_data(config.data)
     header = {"config": config.to_dict(), "protocol": json.loads(json.dumps(asdict(protocol)))}
-    result: dict[str, Any] = {**header, "rows": [], "gaps": []}
+    result: dict[str, Any] = {**header, "rows": [], "gaps": [], "auto": []}
     if path.is_file():
         result = json.loads(path.read_text(encoding="utf-8"))
         if {key: result.get(key) for key in header} != header:
@@ -128,12 +130,17 @@ def zero_shot(
         result.update(command=command, **environment())
         write_json(path, result)
 
+    _measure_gaps(model, tokenizer, task, protocol, result)
+    write_json(path, result)
     injections = [
         ((), None, ()),
         *((chosen, tree, EXACT_TOKENS) for chosen in protocol.layer_sets for tree in protocol.trees),
         *((chosen, tree, ()) for chosen, tree in protocol.without_exact),
     ]
     cases = [(length, *injection) for length in protocol.lengths for injection in injections]
+    cases += [
+        (auto["length"], auto["layers"], auto["tree"], EXACT_TOKENS) for auto in result["auto"] if auto["layers"]
+    ]
     for length, chosen, tree, exact in tqdm(cases, desc="zero-shot", unit="case"):
         case = {
             "length": length,
@@ -147,17 +154,9 @@ def zero_shot(
         if tree is not None:
             inject(model, tree=tree, layers=chosen, exact_tokens=exact)
         keep({**case, **measure(model, tokenizer, task, length, protocol)})
+        done.add(_key(case))  # `layers="auto"` may choose what was chosen by hand
         if tree is not None:
             restore(model)
-    for length in protocol.lengths:
-        for tree in protocol.trees:
-            if not any(
-                (gap["length"], gap["tree"]) == (length, json.loads(json.dumps(tree))) for gap in result["gaps"]
-            ):
-                batch = _batch(tokenizer, task.splits["validation"]["text"][:GAP_EXAMPLES], length)
-                gaps = [round(entry["gap"], 5) for entry in gap_report(model, batch, tree=tree)]
-                result["gaps"].append({"length": length, "tree": tree, "by_layer": gaps})
-                write_json(path, result)
     for chosen, tree in [((), None), *protocol.further] if protocol.further else []:
         case = {
             "length": protocol.lengths[0],
@@ -170,6 +169,26 @@ def zero_shot(
             further = _train_further(config, task, chosen, tree, protocol.further_steps)
             keep({**case, **measure(further, tokenizer, task, protocol.lengths[0], protocol)})
     return result
+
+
+def _measure_gaps(model, tokenizer, task: TaskData, protocol: Protocol, result: dict[str, Any]) -> None:
+    """Add the gaps of each length and tree, and the layers that each budget admits, where they are missing."""
+    for length in protocol.lengths:
+        for tree in json.loads(json.dumps(protocol.trees)):
+            if any((gap["length"], gap["tree"]) == (length, tree) for gap in result["gaps"]):
+                continue
+            batch = _batch(tokenizer, task.splits["validation"]["text"][:GAP_EXAMPLES], length)
+            gaps = {
+                entry["layer"]: entry["gap"]
+                for entry in gap_report(model, batch, tree=tree, exact_tokens=EXACT_TOKENS)
+            }
+            result["gaps"].append(
+                {"length": length, "tree": tree, "by_layer": [round(gap, 5) for gap in gaps.values()]}
+            )
+            result["auto"] += [
+                {"length": length, "tree": tree, "budget": budget, "layers": layers_within(gaps, budget)}
+                for budget in protocol.budgets
+            ]
 
 
 def measure(

@@ -161,6 +161,17 @@ def load(path: str | os.PathLike, auto_class: type = AutoModelForSequenceClassif
     return (model, *information) if information else model
 
 
+def layers_within(gaps: Mapping[int, float], budget: float) -> list[int]:
+    """The most layers whose gaps, by layer in nats, add up to no more than a budget: those with the smallest, ascending."""
+    chosen, total = [], 0.0
+    for layer in sorted(gaps, key=gaps.get):
+        total += max(gaps[layer], 0.0)
+        if total > budget:
+            break
+        chosen.append(layer)
+    return sorted(chosen)
+
+
 def _check_not_injected(model: PreTrainedModel) -> None:
     if is_injected(model):
         raise ValueError("`model` is injected already: `restore(model)` takes it back first")
@@ -204,20 +215,14 @@ def _layers_by_name(name, model, modules, tree, exact_tokens, batch, budget) -> 
         raise ValueError("`layers='auto'` needs a `batch` to measure gaps on, or name the layers")
     if not budget >= 0:
         raise ValueError(f"`budget` must be at least 0 nats, got {budget}")
-    gaps = sorted(
-        (entry["gap"], entry["layer"]) for entry in gap_report(model, batch, tree=tree, exact_tokens=exact_tokens)
-    )
-    chosen, total = [], 0.0
-    for gap, layer in gaps:
-        total += max(gap, 0.0)
-        if total > budget:
-            break
-        chosen.append(layer)
+    gaps = {entry["layer"]: entry["gap"] for entry in gap_report(model, batch, tree=tree, exact_tokens=exact_tokens)}
+    chosen = layers_within(gaps, budget)
     if not chosen:
+        layer = min(gaps, key=gaps.get)
         raise ValueError(
-            f"`budget` ({budget} nats) admits no layer: the smallest gap is {gaps[0][0]:.3g} (layer {gaps[0][1]})"
+            f"`budget` ({budget} nats) admits no layer: the smallest gap is {gaps[layer]:.3g} (layer {layer})"
         )
-    return sorted(chosen)
+    return chosen
 
 
 def _apply(model, modules, injection: Injection, builder: TreeBuilder | None) -> None:

@@ -50,12 +50,14 @@ def test_zero_shot_measures_every_case_once(fine_tuning, tmp_path):
         num_test=9,
         batch_size=4,
         without_exact=[([1], 4)],
+        budgets=[0.0, 100.0],
         further_steps=2,
         further=[([0, 1], 4)],
     )
     path = tmp_path / "result.json"
     result = frontier.zero_shot(fine_tuning, protocol, path)
     assert len(result["rows"]) == 2 * (1 + 2 * 2 + 1) + 2 and len(result["gaps"]) == 2 * 2
+    assert len(result["auto"]) == 2 * 2 * 2 and [auto["layers"] for auto in result["auto"][:2]] == [[], [0, 1]]
     flat = result["rows"][0]
     assert flat["tree"] is None and flat["operations"] == flat["operations_flat"]
     assert flat["saved_in_replaced_layers"] is None and flat["examples"] == 9
