@@ -1,6 +1,7 @@
 """The code of the README and of `docs/` runs and prints what it says; tables are those that `results/` holds."""
 
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -11,6 +12,7 @@ import pytest
 
 from hkt_hf.config import load_experiment
 from hkt_hf.experiments.statistics import paired_difference
+from hkt_hf.hsa import inject
 from hkt_hf.training import train
 
 
@@ -140,6 +142,13 @@ def test_the_figures_on_the_speed_of_hsa_are_the_measured_ones():
             for name in ("hsa", "hsa-windows", "hsa-text")
         ]
         assert rows_of(text, f"{length:,}") == [shown]
+    long = measured[131_072, "forward"]
+    seconds, memory = ({name: long[name][key] for name in long} for key in ("seconds", "peak_bytes"))
+    shown = (
+        f"they take {seconds['hsa-windows']:.1f} s and {memory['hsa-windows'] / 1e9:.2f} GB, groups {seconds['hsa']:.2f} s and "
+        f"{memory['hsa'] / 1e9:.2f} GB"
+    )
+    assert shown in " ".join(text.split())
     million = measured[1_000_000, "forward"]["hsa"]
     shown = f"forward in {million['seconds']:.1f} s with {million['peak_bytes'] / 1e9:.2f} GB"
     assert shown in " ".join(text.split())
@@ -165,6 +174,52 @@ THEORY_ROWS = (
     "the bound of it",
     "Mardia's kurtosis of queries by a Gaussian's, layers 0 and 1",
 )
+
+
+def test_the_figures_on_injection_are_the_measured_ones():
+    text = " ".join((ROOT / "docs" / "hsa.md").read_text(encoding="utf-8").split())
+    result = json.loads((ROOT / "results" / "hsa_zero_shot_sst2.json").read_text(encoding="utf-8"))
+    rows = {(tuple(row["layers"]), str(row["tree"])): row for row in result["rows"]}
+    own, all_layers = rows[(), "None"], tuple(range(6))
+
+    def percent(row):
+        return f"{100 * row['accuracy']:.2f}%"
+
+    def loss(layers, tree):
+        found = rows[layers, tree]["difference"]
+        return f"{-found['mean']:.2f}", f"{-found['high']:.2f} to {-found['low']:.2f}"
+
+    assert (
+        f"SST-2 to {percent(own)} ({own['mean_length']:.0f} tokens on average, at most 64; {own['examples']} sent"
+        in text
+    )
+    deep = rows[all_layers, "4"]
+    lost, interval = loss(all_layers, "4")
+    saved = f"{100 * deep['saved_in_replaced_layers']:.0f}%"
+    assert (
+        f"in all layers save {saved} of the operations of attention and lose {lost} points (95% interval {interval})"
+        in text
+    )
+    assert "last three layers {} ({})".format(*loss((3, 4, 5), "4")) in text
+    assert f"in the last two none ({percent(rows[(4, 5), '4'])})" in text and loss((4, 5), "4")[0].startswith("-")
+    assert all(rows[(5,), tree]["difference"]["mean"] == 0 for tree in ("4", "[8, None]", "[16, None]"))
+    chosen = [auto for auto in result["auto"] if auto["budget"] == 0.25]
+    assert {len(auto["layers"]) for auto in chosen} == {1, 4} and len(chosen) == 3
+    changes = [rows[tuple(auto["layers"]), str(auto["tree"])]["difference"] for auto in chosen]
+    assert max(abs(change["mean"]) for change in changes) < 0.6
+    assert f"by {max(c['mean'] for c in changes):+.2f} to {min(c['mean'] for c in changes):+.2f} points" in text
+    assert all(change["p_value"] is None or change["p_value"] > 0.1 for change in changes)
+    assert next(auto for auto in result["auto"] if (auto["budget"], auto["tree"]) == (0.5, [16, None]))["layers"] == [
+        *all_layers
+    ]
+    assert "lose {} ({})".format(*loss(all_layers, "[16, None]")) in text
+    deep, _, wide = (gap["by_layer"] for gap in result["gaps"])
+    assert f"add up to {sum(wide):.2f}, less than" in text and sum(wide) < min(deep[1:5])
+    times = sorted(1000 * row["seconds"] for row in result["rows"] if row["tree"] is not None)
+    assert f"takes {1000 * own['seconds']:.1f} ms a sentence" in text
+    assert f"all others {times[0]:.1f} to {times[-1]:.1f}" in text
+    default = inspect.signature(inject).parameters["budget"].default
+    assert default == 0.25 and f"The default budget, {default} nats" in text
 
 
 def test_the_figures_on_theory_are_the_measured_ones():

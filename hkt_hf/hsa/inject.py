@@ -53,7 +53,7 @@ def inject(
     layers: str | Sequence[int] = "auto",
     exact_tokens: Sequence[int] = (0,),
     batch: Mapping[str, torch.Tensor] | None = None,
-    budget: float = 0.05,
+    budget: float = 0.25,
 ) -> PreTrainedModel:
     """Let a pretrained encoder attend along trees. [`restore`] takes it back.
 
@@ -71,7 +71,9 @@ def inject(
         exact_tokens (sequence of `int`, *optional*, defaults to `(0,)`): positions, counted from the first real token, whose rows
             are computed by flat attention, e.g. the `[CLS]` that a classifier reads. They have no say in the ties of the others.
         batch (mapping, *optional*): inputs as the model takes them, for `layers="auto"`.
-        budget (`float`, *optional*, defaults to 0.05): nats, for `layers="auto"`.
+        budget (`float`, *optional*, defaults to 0.25): nats, for `layers="auto"`. On SST-2 what the default chooses, one to four
+            of MiniLM's six layers, stays within 0.6 points of accuracy (`results/hsa_zero_shot_sst2.json`); texts of hundreds of
+            tokens have larger gaps and may need more.
 
     Returns:
         `PreTrainedModel`: the model itself.
