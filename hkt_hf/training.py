@@ -246,7 +246,7 @@ def train(
         torch.manual_seed(config.seed + state.process_index)
     if checkpoint is not None:
         logger.warning("continuing from %s", checkpoint)
-    _fit(trainer, checkpoint, stopwatch)
+    _fit(trainer, checkpoint, [stopwatch, *callbacks])
     seconds = stopwatch.seconds
     for callback in (CurvesCallback, StopwatchCallback, *callbacks):
         trainer.remove_callback(callback)
@@ -501,8 +501,8 @@ def training_arguments(config: ExperimentConfig, **fixed) -> TrainingArguments:
     return arguments
 
 
-def _fit(trainer: Trainer, checkpoint: Path | None, stopwatch: StopwatchCallback) -> None:
-    """Train from the start, or go on from a checkpoint."""
+def _fit(trainer: Trainer, checkpoint: Path | None, callbacks: Sequence[TrainerCallback]) -> None:
+    """Train from the start, or go on from a checkpoint; the callbacks hear of it even where no step is left."""
     if checkpoint is None:
         trainer.train()
         return
@@ -514,7 +514,8 @@ def _fit(trainer: Trainer, checkpoint: Path | None, stopwatch: StopwatchCallback
     trainer.state = state
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     trainer._load_from_checkpoint(best or str(checkpoint))
-    stopwatch.on_train_begin(trainer.args, state, trainer.control)
+    for callback in callbacks:
+        callback.on_train_begin(trainer.args, state, trainer.control)
 
 
 def _progress(output_dir: Path) -> tuple[bool, Path | None]:

@@ -12,6 +12,17 @@ from .records import PROTOCOLS, SETTING_KEYS, TASK_TITLES
 
 
 TASKS = tuple(TASK_TITLES)
+ARMS_GIVE = (
+    "objective",
+    "mlm_probability",
+    "model.checkpoint",
+    "model.num_levels",
+    "model.position_embedding_type",
+    "model.hidden_dropout",
+    "training.learning_rate",
+    "training.weight_decay",
+)
+SECTIONS = ("search", "search.training", "pretraining", "pretraining.training", "arm_seeds")
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,9 @@ def load_protocol(
         raise ValueError(f"`task` must be one of {list(TASKS)}, got {task!r}")
     if name not in PROTOCOLS:
         raise ValueError(f"`protocol` must be one of {list(PROTOCOLS)}, got {name!r}")
-    values = merge(read_with_bases(f"reproduce/{task}-{name}"), parse_overrides(overrides))
+    changes = parse_overrides(overrides)
+    _check_not_of_arms(changes)
+    values = merge(read_with_bases(f"reproduce/{task}-{name}"), changes)
     own = ("arms", "seeds", "arm_seeds", "search", "pretraining")
     check_keys(values, [*own, *(f.name for f in fields(ExperimentConfig) if f.name not in ("seed", "output_dir"))])
     protocol = Protocol(
@@ -186,6 +199,25 @@ def load_protocol(
     )
     protocol.base_config()
     return protocol
+
+
+def _check_not_of_arms(changes: Mapping[str, Any]) -> None:
+    """ValueError for a value that arms or the search give their runs, and for one in place of a section."""
+    for path in (*SECTIONS, *ARMS_GIVE):
+        value: Any = changes
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is None:
+            continue
+        if path in ARMS_GIVE:
+            raise ValueError(
+                f"`{path}` can't be changed: the arms and their search (`arms`, `search`) give each run its own, got {value!r}"
+            )
+        if not isinstance(value, Mapping):
+            raise ValueError(f"`{path}` must be a section of values, got {value!r}")
+    for arm, seeds in changes.get("arm_seeds", {}).items():
+        if not isinstance(seeds, list):
+            raise ValueError(f"`arm_seeds.{arm}` must be a list of seeds, got {seeds!r}")
 
 
 def _build(cls, values: Mapping[str, Any], prefix: str):

@@ -67,7 +67,8 @@ class Sweep:
         command (`str`): goes into the records.
 
     Raises:
-        ValueError: data or a configuration that can't be used, or a record of the same run with other settings or data.
+        ValueError: data, a configuration or a folder that can't be used, or a record of the same run with other settings or
+            data, or that is none.
     """
 
     def __init__(self, protocol: Protocol, results: str | Path, runs: str | Path, *, threads: int, command: str = ""):
@@ -76,6 +77,9 @@ class Sweep:
         self.folders = Path(runs) / protocol.task / protocol.name
         self.threads = threads
         self.command = command
+        for name, folder in (("results", self.results), ("runs", self.folders)):
+            if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+                raise ValueError(f"`{name}` must be a folder, got a file: {file}")
         # Before anything is run: what can't be used ends it here, and later processes find the data prepared.
         config = protocol.base_config()
         self.task: TaskData = load_data(config.data)
@@ -131,7 +135,15 @@ class Sweep:
     def record(self, run: Run) -> dict[str, Any] | None:
         """A run's record, or `None` where there is none yet."""
         path = self.record_path(run)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}): remove it") from None
+        if not isinstance(record, dict) or "status" not in record:
+            raise ValueError(f"{path} is no record of a run: remove it")
+        return record
 
     def is_finished(self, run: Run) -> bool:
         """Whether a run need not be done (again); one that failed is."""
@@ -243,6 +255,7 @@ class Sweep:
         Raises:
             ValueError: names the record and what differs.
         """
+        refused = []
         for run in self.runs():
             record = self.record(run)
             if record is None or record["status"] != FINISHED:
@@ -259,18 +272,20 @@ class Sweep:
             if record.get("data_fingerprint", self.data_fingerprint) != self.data_fingerprint and not other:
                 other = ["the data or the tokenizer"]
             if other:
-                raise ValueError(
-                    f"{self.record_path(run)} is of a run with other settings ({', '.join(other)}): choose another "
-                    "`results` folder, or remove it"
-                )
+                refused.append(f"{self.record_path(run)} is of a run with other settings ({', '.join(other)})")
+        if refused:
+            raise ValueError(
+                f"{'; '.join(refused)}: choose another `results` folder, or remove what is named, and the folders of these "
+                f"runs in {self.folders}"
+            )
 
 
 def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
     """Do all runs that are not finished.
 
-    A run is a process; its output goes to `RUNS/.../NAME.log`. One that fails is recorded so, and the others go on: a
-    search chooses among what it finished, final runs without any such setting get the search's reason, and those whose
-    pretraining failed are left out.
+    A run is a process; its output goes to `RUNS/.../NAME.log`. One that is killed goes on, once. One that fails is recorded so,
+    and the others go on: a search chooses among what it finished, final runs without any such setting get the search's
+    reason, and those whose pretraining failed are left out.
 
     Args:
         sweep ([`Sweep`]): the runs.
@@ -289,6 +304,7 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
     outcome: dict[str, list[Run]] = {FINISHED: [], FAILED: [], "left_out": []}
     outcome[FINISHED] = [run for run in sweep.runs() if run not in waiting]
     processes: dict[Run, subprocess.Popen] = {}
+    killed: set[Run] = set()
     total = len(waiting) + len(outcome[FINISHED])
     with (
         tqdm(total=total, initial=total - len(waiting), desc=sweep.protocol.task, unit="run") as progress,
@@ -309,7 +325,14 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
                     outcome["left_out"].append(run)
                     logger.error("%s %s is left out: a run that it needs failed", run.arm, run.name)
                 for run in _wait(processes):
-                    status = _finish(sweep, run, processes.pop(run).returncode)
+                    returncode = processes.pop(run).returncode
+                    if returncode < 0 and run not in killed:
+                        # Once more before others choose without it: a sweep is to have one table, interrupted or not.
+                        killed.add(run)
+                        waiting.insert(0, run)
+                        logger.warning("%s %s was killed by signal %d: it goes on", run.arm, run.name, -returncode)
+                        continue
+                    status = _finish(sweep, run, returncode)
                     outcome[FAILED if status == FAILED else FINISHED].append(run)
                     progress.update()
         except BaseException:
@@ -365,12 +388,13 @@ def _wait(processes: dict[Run, subprocess.Popen]) -> list[Run]:
 def _finish(sweep: Sweep, run: Run, returncode: int) -> str:
     log = sweep.folder(run).with_name(f"{run.name}.log")
     record = sweep.record(run)
-    if returncode or record is None:
+    if record is None or (returncode and not sweep.is_finished(run)):
         reason = f"the process ended with exit status {returncode}"
         record = record_run(sweep.specification(run), {"status": FAILED, "reason": reason})
     if record["status"] != FINISHED:
         logger.error("%s %s: %s (%s)", run.arm, run.name, record["reason"], log)
     else:
-        accuracy = record["test_accuracy"] or record["validation_accuracy"] or record["masked_accuracy"]
+        found = (record.get(name) for name in ("test_accuracy", "validation_accuracy", "masked_accuracy"))
+        accuracy = next(value for value in found if value is not None)
         logger.info("%s %s: %.2f%% in %.0f s", run.arm, run.name, 100 * accuracy, record["seconds"])
     return record["status"]

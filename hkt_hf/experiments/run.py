@@ -1,13 +1,16 @@
 """One run of `hkt reproduce`, in a process of its own: `python -m hkt_hf.experiments.run SPECIFICATION.json`."""
 
+import fcntl
 import hashlib
 import json
 import logging
+import re
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +102,33 @@ def execute(specification: RunSpecification) -> dict[str, Any]:
     """Do a run, or go on with it where it was interrupted, and write its record.
 
     An error of the run is recorded (`status` `"failed"`, with the `reason`), and so is an arm that can't be built here
-    (`"not_available"`). An interruption writes nothing.
+    (`"not_available"`). An interruption writes nothing. Of two processes with the same run, such as one that outlived a
+    killed `hkt reproduce`, the second waits for the first, and takes the record that this one wrote.
 
     Returns:
         `dict`: the record.
     """
+    before = _time_of(specification.record)
+    with _alone(Path(specification.config["output_dir"])):
+        if _time_of(specification.record) != before:
+            return json.loads(Path(specification.record).read_text(encoding="utf-8"))
+        return _execute(specification)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds, in the block, the lock of the run with this folder; waits for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _time_of(path: str) -> int | None:
+    return Path(path).stat().st_mtime_ns if Path(path).is_file() else None
+
+
+def _execute(specification: RunSpecification) -> dict[str, Any]:
     try:
         measured = {"status": FINISHED, "reason": None, **_measure(specification)}
     except (NotAvailableError, ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
@@ -182,7 +207,8 @@ def _measure(specification: RunSpecification) -> dict[str, Any]:
     )
     curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
     if specification.stage in SEARCH_STAGES:
-        shutil.rmtree(folder)
+        # Renamed first: a folder that is half removed is no run that could go on.
+        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.removed")))
     return {
         "validation_accuracy": report["validation"].get("accuracy"),
         "validation_loss": report["validation"]["loss"],
@@ -226,6 +252,9 @@ def peak_memory() -> int:
     """Bytes: the most that PyTorch held on the GPU, or without one the largest resident set of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # Linux: `getrusage` also counts what the parent held when it forked
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
+        return 1024 * int(found[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -310,7 +310,9 @@ def test_the_strongest_flat_arm_is_chosen_by_validation():
     assert "(54.00%): flat-convolution (RoPE)." in text
     assert [line.split(" | ")[2] for line in summary_table(records).splitlines()[2:]] == ["hkt - flat (RoPE)", label]
 
-    bert = [record("bert", 0.51, validation_accuracy=0.9, position_embedding_type="absolute", num_levels=None)]
+    options = {"validation_accuracy": 0.9, "position_embedding_type": "absolute", "num_levels": None}
+    bert = [record("bert", 0.51, seed, **options) for seed in range(3)]
+    assert strongest_flat(sections([*records, *bert[:2]])[0]).label == "flat-convolution (RoPE)"
     (section,) = sections([*records, *bert])
     assert strongest_flat(section).label == "bert (absolute)"
     assert "hkt (RoPE) - bert (absolute), the strongest flat arm" in markdown([*records, *bert])

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -18,6 +20,7 @@ from hkt_hf.cli import main
 from hkt_hf.config import build_experiment
 from hkt_hf.data import TaskData, load_data
 from hkt_hf.experiments import arms
+from hkt_hf.experiments import run as run_module
 from hkt_hf.experiments.arms import ARMS, build_arm, count_flops, model_fields, parse_arm, setting_source
 from hkt_hf.experiments.protocol import PROTOCOLS, TASKS, Setting, load_protocol
 from hkt_hf.experiments.records import read_records
@@ -156,6 +159,14 @@ def test_hsa_is_reproduced_and_reported(tmp_path):
         (["--search.finalists", "9"], "`search.finalists` must be an integer from 0 to"),
         (["--search.hidden_dropout", "[1.5]"], "hidden_dropout"),
         (["--training.max_stepss", "3"], "max_steps"),
+        (["--objective", "masked_lm"], "`objective` can't be changed"),
+        (["--model.num_levels", "1"], "`model.num_levels` can't be changed: the arms and their search .*, got 1"),
+        (["--model", "{checkpoint: x}"], "`model.checkpoint` can't be changed"),
+        (["--training.learning_rate", "0.5"], "`training.learning_rate` can't be changed"),
+        (["--search", "5"], "`search` must be a section of values, got 5"),
+        (["--pretraining.training", "5"], "`pretraining.training` must be a section of values, got 5"),
+        (["--arm_seeds", "3"], "`arm_seeds` must be a section of values, got 3"),
+        (["--arm_seeds.hkt", "3"], "`arm_seeds.hkt` must be a list of seeds, got 3"),
     ],
 )
 def test_bad_protocols_are_refused(words, message):
@@ -535,6 +546,9 @@ def test_tokens_are_counted_to_the_last_step(finished, tmp_path):
     record = execute(sweep.specification(sweep.runs()[-1]))
     assert record["status"] == "finished", record["reason"]
     assert record["tokens"] == records["hkt", "final-seed0"]["tokens"]
+    # Interrupted after the last step, before the record.
+    again = execute(sweep.specification(sweep.runs()[-1]))
+    assert again["step_seconds"] == record["step_seconds"] > 0 and again["tokens"] == record["tokens"]
 
 
 def test_peers_have_the_tokenizer_and_the_padding_of_the_task(tmp_path):
@@ -597,6 +611,64 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path, monkeypatch):
     assert not sweep.is_finished(final)
     monkeypatch.undo()
     assert execute(sweep.specification(final))["status"] == "finished" and sweep.is_finished(final)
+
+
+@pytest.mark.parametrize("name", ["results", "runs"])
+def test_a_file_in_place_of_a_folder_is_refused_before_anything_runs(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    folders = {"results": tmp_path / "results", "runs": tmp_path / "runs", name: tmp_path / "file"}
+    with pytest.raises(ValueError, match=f"`{name}` must be a folder, got a file"):
+        Sweep(tiny_protocol(), **folders, threads=1)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "is no record"), ("{}", "is no record")])
+def test_a_damaged_record_is_named(text, message, tmp_path):
+    sweep = tiny_sweep(tmp_path)
+    path = sweep.record_path(sweep.runs()[0])
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path.name} {message}"):
+        tiny_sweep(tmp_path)
+
+
+def test_of_two_processes_with_one_run_the_second_takes_the_record_of_the_first(tmp_path, monkeypatch):
+    sweep = tiny_sweep(tmp_path)
+    specification = sweep.specification(sweep.runs()[0])
+    measured = {"status": "finished", "reason": None, "validation_loss": 1.0}
+    monkeypatch.setattr(run_module, "_measure", lambda specification: pytest.fail("the run was done twice"))
+    with ThreadPoolExecutor(1) as pool:
+        with run_module._alone(sweep.folder(sweep.runs()[0])):
+            second = pool.submit(execute, specification)
+            time.sleep(0.3)
+            assert not second.done()
+            first = record_run(specification, measured)
+        assert second.result(timeout=30) == json.loads(json.dumps(first))
+
+
+def test_a_killed_run_goes_on_before_others_choose_without_it(tmp_path, monkeypatch):
+    """Once: the sweep has the table of one that was never killed. A validation accuracy of 0 is one, too."""
+    sweep = tiny_sweep(tmp_path, ("flat",))
+    starts = []
+
+    class Process:
+        def __init__(self, run):
+            starts.append(run)
+            self.returncode = -9 if run.setting.learning_rate == 1e-2 and starts.count(run) == 1 else 0
+            if self.returncode == 0:
+                loss = 1.0 if run.setting.learning_rate == 1e-2 else 2.0
+                measured = {"validation_loss": loss, "validation_accuracy": 0.0, "test_accuracy": 0.0, "seconds": 1}
+                record_run(sweep.specification(run), {"status": "finished", "reason": None, **measured})
+
+        def poll(self):
+            return self.returncode
+
+    def start(sweep, run):
+        return Process(replace(run, setting=sweep.setting(run)))
+
+    monkeypatch.setattr("hkt_hf.experiments.reproduce._start", start)
+    outcome = reproduce(sweep)
+    assert not outcome["failed"] and len(starts) == 5  # two runs have this learning rate
+    assert sweep.record(Run("flat", "final", 0))["setting"]["learning_rate"] == 1e-2
 
 
 def test_what_fails_or_is_missing_is_written_out(tmp_path, monkeypatch):
