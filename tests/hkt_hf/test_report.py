@@ -700,7 +700,7 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     assert all(low < high for few, more in itertools.pairwise(by_levels) for low, high in zip(few, more, strict=True))
     one, two, three, four = (f"{statistics.mean(values):.2f}%" for values in by_levels)
     assert f"{one} with one, {two} with two, {three} with three and {four} with four" in text
-    for more, few in itertools.pairwise(reversed(by_levels[1:])):
+    for more, few in itertools.pairwise(reversed(by_levels)):
         step = paired_difference(more, few)
         assert f"{step['mean']:+.2f} ({step['low']:+.2f} to {step['high']:+.2f}, p {step['p_value']:.3f})" in text
     taps, two_taps, flat_rope, locality = (
@@ -755,6 +755,23 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     shown = f"flat attention with them ({flat:.2f}%) is ahead of HKT without ({without:.2f}%; difference {found['mean']:+.2f}"
     assert f"{shown}, {found['low']:+.2f} to {found['high']:+.2f})" in text
     assert f"and HKT with them has {both:.2f}%" in text
+    bert, post_norm, none = "bert", "flat-post-norm (absolute)", "flat-no-attention (absolute)"
+    means = {name: statistics.mean(accuracies(name, "cifar10").values()) for name in (bert, post_norm, none)}
+    over_flat, interval, _ = gain(bert, "flat (absolute)", "cifar10")
+    assert f"has {means[bert]:.2f}% there, {over_flat[1:]} points more than our flat attention with the same" in text
+    assert f"({interval}, five seeds), and {gain(bert, 'hkt (absolute)', 'cifar10')[0][1:]} more than HKT" in text
+    over_flat, interval, _ = gain(post_norm, "flat (absolute)", "cifar10")
+    assert (
+        f"has {means[post_norm]:.2f}% with three seeds, {over_flat[1:]} points more" in text
+        and f"({interval})" in text
+    )
+    assert f"ahead of HKT with rotary positions ({both:.2f}%, five seeds)" in text and both < means[post_norm]
+    assert "four taps (difference {}, {})".format(*gain(taps, post_norm, "cifar10")) in text
+    assert f"Without any attention {means[none]:.2f}% are right" in text
+    over_none, interval, _ = gain("flat (absolute)", none, "cifar10")
+    assert f"adds {over_none[1:]} points ({interval}), HKT's" in text
+    over_none, interval, _ = gain("hkt (absolute)", none, "cifar10")
+    assert f"HKT's {over_none[1:]} ({interval})" in text
 
 
 def test_the_evidence_for_defaults_is_that_of_the_records():
