@@ -135,9 +135,9 @@ def comparisons(section: Section) -> list[Comparison]:
     HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); where an
     ablation is the strongest HKT arm ([`strongest_hkt`]), also that one against flat and the strongest flat arm; variants
     of flat, and BERT, against flat, and HKT against them; HSA against the same layers on a flat tree; ablations against
-    HKT (with the short convolution or other layer norms, also against flat with them); pretrained arms against the same ones from scratch; and
-    pretrained HKT against pretrained flat. A comparison is listed once one of its arms has a final run: what is missing
-    shows.
+    HKT (with the short convolution or other layer norms, also against flat with them); pretrained arms against the same ones
+    from scratch; and pretrained HKT against pretrained flat. A comparison is listed once one of its arms has a final run:
+    what is missing shows.
     """
     found: list[Comparison] = []
 

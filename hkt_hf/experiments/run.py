@@ -208,7 +208,9 @@ def _measure(specification: RunSpecification) -> dict[str, Any]:
     curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
     if specification.stage in SEARCH_STAGES:
         # Renamed first: a folder that is half removed is no run that could go on.
-        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.removed")))
+        removed = folder.with_name(f"{folder.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        shutil.rmtree(folder.rename(removed))
     return {
         "validation_accuracy": report["validation"].get("accuracy"),
         "validation_loss": report["validation"]["loss"],
