@@ -170,7 +170,7 @@ def comparisons(section: Section) -> list[Comparison]:
             compare(arm, section.arm("hkt", arm.positions))
             twin = arm.name.replace("hkt", "flat", 1)
             if twin in ARMS:
-                compare(arm, section.arm(twin, arm.positions))
+                compare(arm, section.arm(twin, arm.positions), is_main=True)
     for arm in section.arms:
         if arm.kind == "pretrained":
             compare(arm, section.arm(arm.name.removesuffix(PRETRAINED), arm.positions))

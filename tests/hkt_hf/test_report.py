@@ -767,6 +767,20 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     )
     assert f"ahead of HKT with rotary positions ({both:.2f}%, five seeds)" in text and both < means[post_norm]
     assert "four taps (difference {}, {})".format(*gain(taps, post_norm, "cifar10")) in text
+    norms = "hkt-post-norm (absolute)"
+    (more, wide), (left, interval, p_value) = (
+        gain(norms, "hkt (absolute)", "cifar10")[:2],
+        gain(norms, post_norm, "cifar10"),
+    )
+    best = statistics.mean(accuracies(norms, "cifar10").values())
+    assert (
+        f"`hkt-post-norm` has {best:.2f}% with three seeds, the most of all arms without pretraining, {more[1:]}"
+        in text
+    )
+    assert (
+        f"({wide}). Over flat attention with the same norms that is {left} ({interval}, {p_value}), behind with"
+        in text
+    )
     assert f"Without any attention {means[none]:.2f}% are right" in text
     over_none, interval, _ = gain("flat (absolute)", none, "cifar10")
     assert f"adds {over_none[1:]} points ({interval}), HKT's" in text
