@@ -43,6 +43,7 @@ class Arm:
             inputs.
         is_peer (`bool`, *optional*, defaults to `False`): a model of another library, by the arm's name.
         segments (`bool`, *optional*, defaults to `False`): it is told which sentence and paragraph each token is in.
+        flat_twin (`str`, *optional*, defaults to `"flat"`): of an arm of HKT, the flat arm that has all else that it has.
     """
 
     description: str
@@ -53,6 +54,7 @@ class Arm:
     pretrained: bool = False
     is_peer: bool = False
     segments: bool = False
+    flat_twin: str = "flat"
 
     @property
     def has_levels(self) -> bool:
@@ -178,8 +180,18 @@ ARMS: dict[str, Arm] = {
         as_large_as="flops",
         setting_of="flat",
     ),
-    "hkt-convolution": _ablation("with the same convolution on level 0", change=add_short_convolution),
-    "hkt-post-norm": Arm("HKT, with the same layer norms as flat-post-norm", {"norm_placement": "post"}),
+    "hkt-convolution": _ablation(
+        "with the same convolution on level 0", change=add_short_convolution, flat_twin="flat-convolution"
+    ),
+    "hkt-post-norm": Arm(
+        "HKT, with the same layer norms as flat-post-norm", {"norm_placement": "post"}, flat_twin="flat-post-norm"
+    ),
+    "hkt-post-norm-kernel-4": Arm(
+        "HKT, with the same layer norms and 4 taps",
+        {"norm_placement": "post", "downsample_kernel_size": 4},
+        setting_of="hkt-post-norm",
+        flat_twin="flat-post-norm",
+    ),
     "hkt-levels-2": _ablation("two levels", fields={"num_levels": 2}),
     "hkt-levels-4": _ablation("four levels", fields={"num_levels": 4}),
     "hkt-uniform-weights": _ablation("level weights fixed, all equal", change=freeze_uniform_weights),
@@ -215,7 +227,9 @@ ARMS: dict[str, Arm] = {
         {"model_type": "hsa", "branching": 2, "tree_layout": "square"},
     ),
     "flat-pretrained": Arm("flat, after masked-LM pretraining on the task", {"num_levels": 1}, pretrained=True),
-    "hkt-pretrained": Arm("HKT, after masked-LM pretraining on the task", pretrained=True),
+    "hkt-pretrained": Arm(
+        "HKT, after masked-LM pretraining on the task", pretrained=True, flat_twin="flat-pretrained"
+    ),
 }
 """Arms by name. With the suffix `-rope` an arm of ours has rotary positions, without it learned absolute ones."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from . import statistics
-from .arms import ARMS
+from .arms import ARMS, Arm
 from .records import POSITION_TITLES, PRETRAINED, ArmRuns, Section
 
 
@@ -132,12 +132,12 @@ class Comparison:
 def comparisons(section: Section) -> list[Comparison]:
     """The comparisons of a task and protocol, in the order of the report.
 
-    HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); where an
-    ablation is the strongest HKT arm ([`strongest_hkt`]), also that one against flat and the strongest flat arm; variants
-    of flat, and BERT, against flat, and HKT against them; HSA against the same layers on a flat tree; ablations against
-    HKT (with the short convolution or other layer norms, also against flat with them); pretrained arms against the same ones
-    from scratch; and pretrained HKT against pretrained flat. A comparison is listed once one of its arms has a final run:
-    what is missing shows.
+    HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); ablations of
+    all its seeds, and those with a flat twin of their own, against that twin; where one of them is the strongest HKT arm
+    ([`strongest_hkt`]), that one against the strongest flat arm; variants of flat, and BERT, against flat, and HKT against
+    them; HSA against the same layers on a flat tree; ablations against HKT, or the arm whose setting they take; pretrained
+    arms against the same ones from scratch; and pretrained HKT against pretrained flat. A comparison is listed once one of
+    its arms has a final run: what is missing shows.
     """
     found: list[Comparison] = []
 
@@ -150,12 +150,15 @@ def comparisons(section: Section) -> list[Comparison]:
     compare(section.arm("hkt", "rope"), flat, remark=remark if strongest is flat else "", is_main=True, is_papers=True)
     if strongest not in (None, flat):
         compare(section.arm("hkt", "rope"), strongest, remark=remark, is_main=True)
-    best = strongest_hkt(section)
-    if best is not None and best.kind == "hkt ablation":
-        flat = section.arm("flat", best.positions)
-        if strongest not in (None, flat):
-            compare(best, flat, remark="the strongest HKT arm", is_main=True)
-        compare(best, strongest or flat, remark="the strongest of both", is_main=True)
+    best, ablations = strongest_hkt(section), [arm for arm in section.arms if arm.kind == "hkt ablation"]
+    for arm in ablations:
+        twin, remark = section.arm(_own(arm).flat_twin, arm.positions), ""
+        if arm is best:
+            remark = "the strongest of both" if strongest in (None, twin) else "the strongest HKT arm"
+        if twin.name != "flat" or _has_all_seeds(section, arm):
+            compare(arm, twin, remark=remark, is_main=True)
+        if remark == "the strongest HKT arm":
+            compare(arm, strongest, remark="the strongest of both", is_main=True)
     for arm in section.arms:
         if arm.kind == "flat variant" or arm.name == "bert":
             compare(arm, section.arm("flat", arm.positions or "absolute"))
@@ -165,19 +168,26 @@ def comparisons(section: Section) -> list[Comparison]:
     for arm in section.arms:
         if arm.kind == "hsa" and arm.name != "hsa-flat":
             compare(arm, section.arm("hsa-flat", arm.positions), is_papers=arm.name == "hsa")
-    for arm in section.arms:
-        if arm.kind == "hkt ablation":
-            compare(arm, section.arm("hkt", arm.positions))
-            twin = arm.name.replace("hkt", "flat", 1)
-            if twin in ARMS:
-                compare(arm, section.arm(twin, arm.positions), is_main=True)
+    for arm in ablations:
+        compare(arm, section.arm(_own(arm).setting_of or "hkt", arm.positions))
     for arm in section.arms:
         if arm.kind == "pretrained":
             compare(arm, section.arm(arm.name.removesuffix(PRETRAINED), arm.positions))
     for arm in section.arms:
         if arm.name == f"hkt{PRETRAINED}":
-            compare(arm, section.arm(f"flat{PRETRAINED}", arm.positions), is_main=True)
+            compare(arm, section.arm(_own(arm).flat_twin, arm.positions), is_main=True)
     return found
+
+
+def _own(arm: ArmRuns) -> Arm:
+    """The definition of an arm of ours; of one that is no more, that of an ablation."""
+    return ARMS.get(arm.name, Arm(arm.name))
+
+
+def _has_all_seeds(section: Section, arm: ArmRuns) -> bool:
+    """Whether the arm has finished at least the seeds that HKT with RoPE has, and that has any."""
+    seeds = section.arm("hkt", "rope").finished.keys()
+    return bool(seeds) and arm.finished.keys() >= seeds
 
 
 def strongest_hkt(section: Section) -> ArmRuns | None:
@@ -185,9 +195,8 @@ def strongest_hkt(section: Section) -> ArmRuns | None:
 
     Chosen as [`strongest_flat`] is; `None` without finished final runs of HKT with RoPE.
     """
-    seeds = section.arm("hkt", "rope").finished.keys()
-    candidates = [arm for arm in section.arms if arm.kind in ("hkt", "hkt ablation") and arm.finished.keys() >= seeds]
-    return max(candidates, key=lambda arm: arm.mean("validation_accuracy"), default=None) if seeds else None
+    candidates = [arm for arm in section.arms if arm.kind in ("hkt", "hkt ablation") and _has_all_seeds(section, arm)]
+    return max(candidates, key=lambda arm: arm.mean("validation_accuracy"), default=None)
 
 
 def strongest_flat(section: Section) -> ArmRuns | None:

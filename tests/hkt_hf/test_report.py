@@ -337,13 +337,22 @@ def test_the_strongest_hkt_arm_is_chosen_by_validation():
     (section,) = sections(records)
     assert strongest_hkt(section).label == "hkt-kernel-4 (RoPE)"
     labels = [item.label for item in comparisons(section) if item.is_main]
-    assert labels == [short, "hkt-kernel-4 - flat (RoPE), the strongest of both"]
+    third = "hkt-kernel-3 - flat (RoPE)"  # all ablations of all seeds are compared with flat
+    assert labels == [short, third, "hkt-kernel-4 - flat (RoPE), the strongest of both"]
     assert "so chosen (60.00%), of those with all seeds of hkt (RoPE): hkt-kernel-4 (RoPE)." in markdown(records)
     records += [record("flat-convolution", 0.52, seed, validation_accuracy=0.53) for seed in range(5)]
     labels = [item.label for item in comparisons(sections(records)[0]) if item.is_main]
     assert labels[2:] == [
+        third,
         "hkt-kernel-4 - flat (RoPE), the strongest HKT arm",
         "hkt-kernel-4 - flat-convolution (RoPE), the strongest of both",
+    ]
+    records += [record("hkt-convolution", 0.7, seed, validation_accuracy=0.7) for seed in range(5)]
+    labels = [item.label for item in comparisons(sections(records)[0]) if item.is_main]
+    assert labels[2:] == [
+        "hkt-convolution - flat-convolution (RoPE), the strongest of both",  # beside what has all but its levels
+        third,
+        "hkt-kernel-4 - flat (RoPE)",
     ]
     assert strongest_hkt(sections(flat)[0]) is None
 
@@ -354,7 +363,7 @@ def test_which_arms_are_compared():
         for arm in ("flat", "hkt", "flat-convolution", "hkt-levels-2", "hkt-pretrained", "flat-pretrained"):
             records.append(record(arm, 0.5, position_embedding_type=positions))
     records += [record("hkt-levels-10", 0.5), record("bert", 0.4, position_embedding_type="absolute")]
-    records += [record("hkt-convolution", 0.5), record("hkt-post-norm", 0.5)]
+    records += [record(f"hkt-{name}", 0.5) for name in ("convolution", "post-norm", "post-norm-kernel-4")]
     records += [record("mamba", 0.5, position_embedding_type=None)]
     (section,) = sections(records)
     assert [arm.label for arm in section.arms][-3:] == ["hkt-pretrained (RoPE)", "bert (absolute)", "mamba"]
@@ -363,6 +372,12 @@ def test_which_arms_are_compared():
         ("hkt (absolute)", "flat (absolute)"),
         ("hkt (RoPE)", "flat (RoPE)"),
         ("hkt (RoPE)", "flat (absolute)"),  # the strongest: the first of equal ones
+        ("hkt-convolution (RoPE)", "flat-convolution (RoPE)"),
+        ("hkt-levels-2 (absolute)", "flat (absolute)"),
+        ("hkt-levels-2 (RoPE)", "flat (RoPE)"),
+        ("hkt-levels-10 (RoPE)", "flat (RoPE)"),
+        ("hkt-post-norm (RoPE)", "flat-post-norm (RoPE)"),
+        ("hkt-post-norm-kernel-4 (RoPE)", "flat-post-norm (RoPE)"),
         ("flat-convolution (absolute)", "flat (absolute)"),
         ("flat-convolution (RoPE)", "flat (RoPE)"),
         ("bert (absolute)", "flat (absolute)"),
@@ -370,12 +385,11 @@ def test_which_arms_are_compared():
         ("hkt (RoPE)", "flat-convolution (RoPE)"),
         ("hkt (absolute)", "bert (absolute)"),
         ("hkt-convolution (RoPE)", "hkt (RoPE)"),
-        ("hkt-convolution (RoPE)", "flat-convolution (RoPE)"),
         ("hkt-levels-2 (absolute)", "hkt (absolute)"),
         ("hkt-levels-2 (RoPE)", "hkt (RoPE)"),
         ("hkt-levels-10 (RoPE)", "hkt (RoPE)"),
         ("hkt-post-norm (RoPE)", "hkt (RoPE)"),
-        ("hkt-post-norm (RoPE)", "flat-post-norm (RoPE)"),
+        ("hkt-post-norm-kernel-4 (RoPE)", "hkt-post-norm (RoPE)"),
         ("flat-pretrained (absolute)", "flat (absolute)"),
         ("flat-pretrained (RoPE)", "flat (RoPE)"),
         ("hkt-pretrained (absolute)", "hkt (absolute)"),
@@ -383,7 +397,7 @@ def test_which_arms_are_compared():
         ("hkt-pretrained (absolute)", "flat-pretrained (absolute)"),
         ("hkt-pretrained (RoPE)", "flat-pretrained (RoPE)"),
     ]
-    assert [item.is_papers for item in found] == [True] * 2 + [False] * 20
+    assert [item.is_papers for item in found] == [True] * 2 + [False] * 25
 
 
 def test_the_search_and_the_hours():
@@ -761,11 +775,10 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     assert f"has {means[bert]:.2f}% there, {over_flat[1:]} points more than our flat attention with the same" in text
     assert f"({interval}, five seeds), and {gain(bert, 'hkt (absolute)', 'cifar10')[0][1:]} more than HKT" in text
     over_flat, interval, _ = gain(post_norm, "flat (absolute)", "cifar10")
-    assert (
-        f"has {means[post_norm]:.2f}% with three seeds, {over_flat[1:]} points more" in text
-        and f"({interval})" in text
-    )
-    assert f"ahead of HKT with rotary positions ({both:.2f}%, five seeds)" in text and both < means[post_norm]
+    assert f"has {means[post_norm]:.2f}%, {over_flat[1:]} points more than with norms before" in text
+    assert f"({interval}). That is the strongest flat arm" in text
+    ahead, interval, p_value = gain("hkt (RoPE)", post_norm, "cifar10")
+    assert f"ahead of HKT with rotary positions ({both:.2f}%, difference {ahead}, {interval}, {p_value})" in text
     assert "four taps (difference {}, {})".format(*gain(taps, post_norm, "cifar10")) in text
     norms = "hkt-post-norm (absolute)"
     (more, wide), (left, interval, p_value) = (
@@ -774,13 +787,13 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     )
     best = statistics.mean(accuracies(norms, "cifar10").values())
     assert (
-        f"`hkt-post-norm` has {best:.2f}% with three seeds, the most of all arms without pretraining, {more[1:]}"
+        f"`hkt-post-norm` has {best:.2f}%, the most of all arms without pretraining, {more[1:]} points more than"
         in text
     )
-    assert (
-        f"({wide}). Over flat attention with the same norms that is {left} ({interval}, {p_value}), behind with"
-        in text
-    )
+    assert f"({wide}). Over flat attention with the same norms that is {left} ({interval}, {p_value}), ahead" in text
+    rest = accuracies(post_norm, "cifar10")
+    assert sum(run > rest[seed] for seed, run in accuracies(norms, "cifar10").items()) == 4
+    assert "ahead with four seeds of five" in text
     assert f"Without any attention {means[none]:.2f}% are right" in text
     over_none, interval, _ = gain("flat (absolute)", none, "cifar10")
     assert f"adds {over_none[1:]} points ({interval}), HKT's" in text
