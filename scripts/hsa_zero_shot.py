@@ -37,7 +37,7 @@ PROTOCOLS = {
     ),
     "imdb": Protocol(
         lengths=[256, 512],
-        layer_sets=[[5], [4, 5], [3, 4, 5], [1, 3, 5], ALL_LAYERS],
+        layer_sets=[[5], [0, 5], [4, 5], [0, 4, 5], [3, 4, 5], [1, 3, 5], ALL_LAYERS],
         trees=[4, [16, None]],
         num_test=1000,
         without_exact=[([4, 5], 4), ([1, 3, 5], 4)],

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 GAP_EXAMPLES = 32
 EXACT_TOKENS = (0,)
+OF_ALL_ROWS = ("num_test", "batch_size", "budgets")
+"""Fields of [`Protocol`] that every measurement depends on; the others list what to measure, and may grow."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Protocol:
 def zero_shot(
     config: ExperimentConfig, protocol: Protocol, path: str | Path, command: str | None = None
 ) -> dict[str, Any]:
-    """Fine-tune, inject, measure; what is in the file at `path` already is kept.
+    """Fine-tune, inject, measure; what is in the file at `path` already is kept, and a longer protocol adds to it.
 
     Args:
         config ([`~hkt_hf.config.ExperimentConfig`]): the classifier; its `model.checkpoint` names the encoder.
@@ -98,7 +100,7 @@ def zero_shot(
         of each length and tree; and where they come from.
 
     Raises:
-        ValueError: a file of another configuration or protocol, or what [`~hkt_hf.training.train`] and
+        ValueError: a file of another configuration, test examples, batch size or budgets, or what [`~hkt_hf.training.train`] and
             [`~hkt_hf.hsa.inject.inject`] refuse.
     """
     path = Path(path)
@@ -107,8 +109,10 @@ def zero_shot(
     result: dict[str, Any] = {**header, "rows": [], "gaps": [], "auto": []}
     if path.is_file():
         result = json.loads(path.read_text(encoding="utf-8"))
-        if {key: result.get(key) for key in header} != header:
-            raise ValueError(f"{path} was measured with another configuration or protocol: choose another file")
+        found = {name: result["protocol"].get(name) for name in OF_ALL_ROWS}
+        if result["config"] != header["config"] or found != {name: header["protocol"][name] for name in OF_ALL_ROWS}:
+            raise ValueError(f"{path} was measured with another configuration, or with {found}: choose another file")
+        result.update(header)
     train(config)
     model = AutoModelForSequenceClassification.from_pretrained(config.output_dir).eval()
     tokenizer = build_model_and_tokenizer(config, task)[1]

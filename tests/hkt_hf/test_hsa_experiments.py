@@ -83,8 +83,13 @@ def test_zero_shot_measures_every_case_once(fine_tuning, tmp_path):
     assert again["rows"] == json.loads(before)["rows"]
     frontier.plot(again, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="another configuration or protocol"):
-        frontier.zero_shot(fine_tuning, replace(protocol, num_test=8), path)
+    longer = frontier.zero_shot(fine_tuning, replace(protocol, layer_sets=[[1], [0], [0, 1]]), path)
+    added = [row["layers"] for row in longer["rows"][len(again["rows"]) :]]
+    assert added == [[0]] * 4 and longer["rows"][: -len(added)] == again["rows"]
+    assert json.loads(path.read_text())["protocol"]["layer_sets"] == [[1], [0], [0, 1]]
+    for change in (replace(protocol, num_test=8), replace(protocol, budgets=[1.0])):
+        with pytest.raises(ValueError, match="another configuration, or with"):
+            frontier.zero_shot(fine_tuning, change, path)
 
 
 def test_captions_are_of_the_kind_that_the_label_says():
