@@ -110,7 +110,9 @@ def _attend(query, key, value, tree, mask, eps, self_loop, is_causal, scale, row
         if is_causal:
             output, phi = _causal(*states, tree, mask, eps, self_loop, scale), None
         else:
-            along = _regular if tree.branching is not None else _ragged
+            # The places of root tokens among their siblings are those of a tree that is not regular.
+            is_regular = tree.branching is not None and (tree.root_tokens is None or eps[-1] is None)
+            along = _regular if is_regular else _ragged
             rows = None if row_weights is None else row_weights.to(dtype)
             output, phi = along(*states, tree, mask, rows, eps, self_loop, scale)
     return output.to(value.dtype), phi
@@ -167,13 +169,17 @@ def _up(query, key, value, counts, rows, phi, eps, self_loop: bool, scale: float
 def _regular(query, key, value, tree, mask, rows, eps, self_loop, scale):
     if tree.size == 0:
         return value, value.new_zeros(value.shape[:2])
-    if mask is None and bool((tree.lengths == tree.size).all()):
+    at_root = None
+    if mask is None and tree.root_tokens is None and bool((tree.lengths == tree.size).all()):
         counts = query.new_ones(tree.size)
         real = None
     else:
-        real = tree.mask if mask is None else tree.mask & (mask != 0)
-        counts = real[:, None].to(query.dtype)  # (B, 1, N): the same for all heads
-        query, key, value = (_without(states, real[:, None]) for states in (query, key, value))
+        real = grouped = tree.mask if mask is None else tree.mask & (mask != 0)
+        if tree.root_tokens is not None:
+            at_root = _RootTokens(query, key, value, real, rows, tree, self_loop, scale)
+            grouped = real & ~tree.is_root_token
+        query, key, value = (_without(states, grouped[:, None]) for states in (query, key, value))
+        counts = grouped[:, None].to(query.dtype)  # (B, 1, N): the same for all heads
     if rows is not None:
         rows = rows[:, None] * counts
     leaf_values = value
@@ -191,9 +197,15 @@ def _regular(query, key, value, tree, mask, rows, eps, self_loop, scale):
         query, key, value = (families(states) for states in (query, key, value))
         counts = families(counts, dim=-1)
         rows, phi = (None if states is None else families(states, dim=-1) for states in (rows, phi))
+        if at_root is not None and level + 1 == len(tree.branching):
+            query, key, value, counts, rows, phi = at_root.join(query, key, value, counts, rows, phi)
         given, kept, (query, key, value), counts, rows, phi = _up(
             query, key, value, counts, rows, phi, eps[level], self_loop, scale
         )
+        saved.append((given, kept, length))
+    if at_root is not None:
+        given, kept, length = saved.pop()
+        given, kept = at_root.leave(given, kept)
         saved.append((given, kept, length))
     mass = output = None
     for given, kept, length in reversed(saved):
@@ -203,7 +215,47 @@ def _regular(query, key, value, tree, mask, rows, eps, self_loop, scale):
         output = given.flatten(-3, -2)[..., :length, :]
         mass = kept.flatten(-2, -1)[..., :length]
     output = output + mass.unsqueeze(-1) * leaf_values
+    if at_root is not None:
+        output = at_root.put(output)
     return output if real is None else output * real[:, None, :, None], phi.squeeze(-1)
+
+
+class _RootTokens:
+    """The root tokens of a regular tree: apart from the groups on the way up, children of the root at its end."""
+
+    def __init__(self, query, key, value, real, rows, tree: SignalTree, self_loop: bool, scale: float):
+        self.places = tree.root_tokens
+        found = self.places < tree.size
+        here = self.places.clamp(max=tree.size - 1)
+
+        def pick(states):  # (B, H, N, e) to (B, H, r, e)
+            return states.gather(2, here[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+        is_real = found & real.gather(1, here)
+        self.counts = is_real[:, None].to(query.dtype)
+        self.query, self.key, self.value = (_without(pick(each), is_real[:, None]) for each in (query, key, value))
+        self.rows = None if rows is None else rows.gather(1, here)[:, None] * self.counts
+        own = scale * (self.query * self.key).sum(-1) if self_loop else torch.full_like(self.query[..., 0], MASKED)
+        self.phi = -own
+
+    def join(self, *states):
+        """The families of the root `(B, H, 1, c, ...)`, and the root tokens behind their children."""
+        own = (self.query, self.key, self.value, self.counts, self.rows, self.phi)
+        return (
+            None if here is None else torch.cat([here, each.unsqueeze(2)], dim=3)
+            for here, each in zip(states, own, strict=True)
+        )
+
+    def leave(self, given: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the output of the root tokens; what is left is that of the others."""
+        others = given.shape[3] - self.places.shape[1]
+        self.output = (given[..., others:, :] + kept[..., others:, None] * self.value.unsqueeze(2)).squeeze(2)
+        return given[..., :others, :], kept[..., :others]
+
+    def put(self, output: torch.Tensor) -> torch.Tensor:
+        """The output `(B, H, N, e)` with that of the root tokens; what a sequence lacks goes behind its end and is cut off."""
+        places = self.places[:, None, :, None].expand_as(self.output)
+        return F.pad(output, (0, 0, 0, 1)).scatter(2, places, self.output)[:, :, :-1]
 
 
 def _ragged(query, key, value, tree, mask, rows, eps, self_loop, scale):

@@ -6,6 +6,7 @@ level below their parent, and the last level is the roots, one a sequence. Leave
 by nodes with a single child, which change nothing in the attention (ours: such nodes are transparent).
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property, wraps
@@ -64,6 +65,8 @@ class SignalTree:
         size (`int`): `N`, the length that sequences are padded to.
         branching (tuple, *optional*): of a regular tree, children of a node at each level from the leaves up; the last may be
             `None`, all that is left.
+        root_tokens (`torch.Tensor`, *optional*): of a regular tree, positions of leaves that are children of the root
+            themselves, int64 `(B, r)`, different ones in a row; `size` where a sequence has none.
         parents (sequence of `torch.Tensor`, *optional*): of any other tree, for each level below the roots the parent of each
             node, int64 `(nodes,)`, ascending.
         order (`torch.Tensor`, *optional*): of any other tree, the position `b * N + i` in the padded batch of each leaf, int64
@@ -79,6 +82,7 @@ class SignalTree:
         size: int,
         *,
         branching: Sequence[int | None] | None = None,
+        root_tokens: torch.Tensor | None = None,
         parents: Sequence[torch.Tensor] | None = None,
         order: torch.Tensor | None = None,
         unsplit_levels: Sequence[int] | None = None,
@@ -86,6 +90,7 @@ class SignalTree:
         self.lengths = _for_training(lengths)
         self.size = size
         self.branching = None if branching is None else tuple(branching)
+        self.root_tokens = None if root_tokens is None else _for_training(root_tokens)
         self._parents = None if parents is None else tuple(map(_for_training, parents))
         self._order = None if order is None else _for_training(order)
         depth = len(self.branching or self._parents)
@@ -98,6 +103,7 @@ class SignalTree:
         branching: int | Sequence[int | None],
         *,
         size: int | None = None,
+        root_tokens: Sequence[int] = (),
     ) -> "SignalTree":
         """Groups of neighbours, by the same rule in all sequences: the fastest trees.
 
@@ -107,10 +113,13 @@ class SignalTree:
                 each; the last group of a level may be smaller. The last entry may be `None`: one family of all that is left.
                 An `int` holds at every level, up to the root. `(None,)` gives flat attention.
             size (`int`, *optional*): length that sequences are padded to; the longest by default.
+            root_tokens (sequence of `int`, *optional*): positions, counted from the end where negative, of leaves that are
+                children of the root themselves, such as `[CLS]` and `[SEP]` (ours). Their places in the groups stay empty;
+                sequences that are too short to have one go without it.
 
         Raises:
             ValueError: no list of lengths or negative ones, a size below the longest, a branching below 2, `None` below the last
-                level, or levels that leave more than one root.
+                level, levels that leave more than one root, or root tokens that are no integers.
         """
         lengths = torch.as_tensor(lengths)
         if lengths.dim() != 1 or lengths.is_floating_point() or bool((lengths < 0).any()):
@@ -122,7 +131,16 @@ class SignalTree:
             size = longest
         elif size < longest:
             raise ValueError(f"`size` must be at least the longest length, {longest}, got {size}")
-        return cls(lengths.long(), size, branching=_check_branching(branching, size))
+        lengths, branching = lengths.long(), _check_branching(branching, size)
+        places = [_root_places(lengths, token, size) for token in root_tokens]
+        if not places or len(branching) == 1:  # where all leaves are children of the root, so are these
+            return cls(lengths, size, branching=branching)
+        found = torch.stack(places, dim=1)
+        repeated = (found[:, :, None] == found[:, None, :]).tril(-1).any(2)
+        tree = cls(lengths, size, branching=branching, root_tokens=found.masked_fill(repeated, size))
+        # The root of a short sequence lies below the last level, where its length and no other says: not one rule for all.
+        is_short = (lengths > 0) & (lengths <= math.prod(branching[:-1]))
+        return tree._in_segments if bool(is_short.any()) else tree
 
     @classmethod
     def from_segments(
@@ -341,20 +359,42 @@ class SignalTree:
         return mask.view(self.batch_size, self.size)
 
     @_computed_once
+    def is_root_token(self) -> torch.Tensor:
+        """Which positions are root tokens of a regular tree that has some: bool `(B, N)`."""
+        found = torch.zeros(self.batch_size, self.size + 1, dtype=torch.bool, device=self.device)
+        return found.scatter(1, self.root_tokens, True)[:, : self.size]
+
+    @_computed_once
+    def _in_segments(self) -> "SignalTree":
+        """A regular tree with root tokens as one that is not regular: each of those is a segment of its own, up to the root."""
+        positions = torch.arange(self.size, device=self.device)
+        groups, width = [], 1
+        for factor in self.branching[:-1]:
+            width *= factor
+            is_apart = self.is_root_token & (self.lengths > width)[:, None]
+            groups.append(torch.where(is_apart, self.size + positions, positions // width))
+        return self.from_segments(groups, self.mask)
+
+    @_computed_once
     def order(self) -> torch.Tensor:
         """Position `b * N + i` in the padded batch of each leaf, in tree order: int64 `(leaves,)`."""
+        if self.root_tokens is not None:
+            return self._in_segments.order
         return self.mask.flatten().nonzero().squeeze(1) if self._order is None else self._order
 
     @_computed_once
     def is_in_order(self) -> bool:
         """Whether the leaves of every sequence stand in tree order."""
-        return self._order is None or bool((self._order.diff() > 0).all())
+        regular = self._order is None and self.root_tokens is None
+        return regular or bool((self.order.diff() > 0).all())
 
     @_computed_once
     def parents(self) -> tuple[torch.Tensor, ...]:
         """For each level below the roots, from the leaves up, the parent of each node: int64 `(nodes,)`, ascending."""
         if self._parents is not None:
             return self._parents
+        if self.root_tokens is not None:
+            return self._in_segments.parents
         parents, counts = [], self.lengths
         for branching in self.branching:
             groups = (counts > 0).long() if branching is None else -(-counts // branching)
@@ -403,6 +443,7 @@ class SignalTree:
             self.lengths.to(device),
             self.size,
             branching=self.branching,
+            root_tokens=move(self.root_tokens),
             parents=None if self._parents is None else tuple(map(move, self._parents)),
             order=move(self._order),
             unsplit_levels=self.unsplit_levels,
@@ -454,9 +495,19 @@ class SignalTree:
 
     def __repr__(self) -> str:
         shape = f"branching={self.branching}" if self.branching is not None else f"{len(self.parents)} levels"
+        if self.root_tokens is not None:
+            shape += f", {self.root_tokens.shape[1]} root tokens"
         lengths = self.lengths.tolist()
         shown = lengths if len(lengths) <= 8 else f"[{', '.join(map(str, lengths[:8]))}, ...]"
         return f"{type(self).__name__}({shape}, lengths={shown}, size={self.size})"
+
+
+def _root_places(lengths: torch.Tensor, token: int, size: int) -> torch.Tensor:
+    """Where a root token is in each sequence, `size` where it has none: int64 `(B,)`."""
+    if isinstance(token, bool) or not isinstance(token, int):
+        raise ValueError(f"`root_tokens` must be integers, got {token!r}")
+    places = lengths + token if token < 0 else torch.full_like(lengths, token)
+    return torch.where((places >= 0) & (places < lengths), places, size)
 
 
 def _check_branching(branching: int | Sequence[int | None], size: int) -> tuple[int | None, ...]:

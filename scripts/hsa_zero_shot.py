@@ -33,6 +33,7 @@ PROTOCOLS = {
         layer_sets=[[5], [4, 5], [3, 5], [3, 4, 5], [1, 3, 5], [2, 3, 4, 5], ALL_LAYERS],
         trees=[4, [8, None], [16, None]],
         num_test=872,
+        without_root=[([3, 4, 5], 4), (ALL_LAYERS, 4), (ALL_LAYERS, [16, None])],
         budgets=BUDGETS,
     ),
     "imdb": Protocol(
@@ -41,6 +42,7 @@ PROTOCOLS = {
         trees=[4, [16, None]],
         num_test=1000,
         without_exact=[([4, 5], 4), ([1, 3, 5], 4)],
+        without_root=[([4, 5], 4), ([3, 4, 5], 4), ([1, 3, 5], 4), ([3, 4, 5], [16, None])],
         budgets=BUDGETS,
         further_steps=200,
         further=[(ALL_LAYERS, 4), (ALL_LAYERS, [16, None])],

@@ -21,7 +21,7 @@ from ..config import ExperimentConfig
 from ..data import TaskData, load_data
 from ..environment import environment
 from ..files import replacing, write_json
-from ..hsa.attention import attention_modules
+from ..hsa.attention import DEFAULT_ROOT_TOKENS, attention_modules
 from ..hsa.cost import attention_operations, hsa_operations
 from ..hsa.gap import gap_report
 from ..hsa.inject import inject, layers_within, load, restore
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 GAP_EXAMPLES = 32
 EXACT_TOKENS = (0,)
+DEFAULTS = (EXACT_TOKENS, DEFAULT_ROOT_TOKENS)
 OF_ALL_ROWS = ("num_test", "batch_size", "budgets")
 """Fields of [`Protocol`] that every measurement depends on; the others list what to measure, and may grow."""
 
@@ -55,6 +56,8 @@ class Protocol:
         batch_size (`int`): of evaluation.
         without_exact (sequence of pairs): layers and tree of injections that are also measured without any exact row; all
             others have that of the first token, which the classifier reads.
+        without_root (sequence of pairs): layers and tree of injections that are also measured without any root token; all
+            others have the first and the last one.
         budgets (sequence of `float`): nats, of `layers="auto"`: what it chooses by the gaps on validation examples is measured, too.
         further_steps (`int`): of fine-tuning after injection; 0 for none.
         further (sequence of pairs): layers and tree of each injection to fine-tune further, at the first length; the model
@@ -70,6 +73,7 @@ class Protocol:
     num_test: int
     batch_size: int = 32
     without_exact: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
+    without_root: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
     budgets: Sequence[float] = ()
     further_steps: int = 0
     further: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
@@ -137,26 +141,26 @@ def zero_shot(
     _measure_gaps(model, tokenizer, task, protocol, result)
     write_json(path, result)
     injections = [
-        ((), None, ()),
-        *((chosen, tree, EXACT_TOKENS) for chosen in protocol.layer_sets for tree in protocol.trees),
-        *((chosen, tree, ()) for chosen, tree in protocol.without_exact),
+        ((), None, (), ()),
+        *((chosen, tree, *DEFAULTS) for chosen in protocol.layer_sets for tree in protocol.trees),
+        *((chosen, tree, (), DEFAULT_ROOT_TOKENS) for chosen, tree in protocol.without_exact),
+        *((chosen, tree, EXACT_TOKENS, ()) for chosen, tree in protocol.without_root),
     ]
     cases = [(length, *injection) for length in protocol.lengths for injection in injections]
-    cases += [
-        (auto["length"], auto["layers"], auto["tree"], EXACT_TOKENS) for auto in result["auto"] if auto["layers"]
-    ]
-    for length, chosen, tree, exact in tqdm(cases, desc="zero-shot", unit="case"):
+    cases += [(auto["length"], auto["layers"], auto["tree"], *DEFAULTS) for auto in result["auto"] if auto["layers"]]
+    for length, chosen, tree, exact, at_root in tqdm(cases, desc="zero-shot", unit="case"):
         case = {
             "length": length,
             "layers": list(chosen),
             "tree": tree,
             "exact_tokens": list(exact),
+            "root_tokens": list(at_root),
             "further_steps": 0,
         }
         if _key(case) in done:
             continue
         if tree is not None:
-            inject(model, tree=tree, layers=chosen, exact_tokens=exact)
+            inject(model, tree=tree, layers=chosen, exact_tokens=exact, root_tokens=at_root)
         keep({**case, **measure(model, tokenizer, task, length, protocol)})
         done.add(_key(case))  # `layers="auto"` may choose what was chosen by hand
         if tree is not None:
@@ -167,6 +171,7 @@ def zero_shot(
             "layers": list(chosen),
             "tree": tree,
             "exact_tokens": [] if tree is None else list(EXACT_TOKENS),
+            "root_tokens": [] if tree is None else list(DEFAULT_ROOT_TOKENS),
             "further_steps": protocol.further_steps,
         }
         if protocol.further_steps and _key(case) not in done:
@@ -227,7 +232,7 @@ def measure(
     replaced, hierarchical = 0, 0
     if choice:
         replaced = len(choice["layers"])
-        trees = SignalTree.regular(lengths, choice["branching"])
+        trees = SignalTree.regular(lengths, choice["branching"], root_tokens=choice["root_tokens"])
         exact = sum(len(choice["exact_tokens"]) * each * heads * (4 * head_dim + 1) for each in lengths.tolist())
         hierarchical = hsa_operations(trees, heads, head_dim) + exact
     count = len(texts)
@@ -276,7 +281,8 @@ def _kind(row: dict[str, Any]) -> str:
     details = ["fine-tuned further"] * bool(row["further_steps"])
     if row["tree"] is None:
         return ", ".join(["its own attention", *details])
-    return ", ".join([f"tree {row['tree']}", *details, *["no exact row"] * (not row["exact_tokens"])])
+    without = ["no exact row"] * (not row["exact_tokens"]) + ["no root tokens"] * (not row["root_tokens"])
+    return ", ".join([f"tree {row['tree']}", *details, *without])
 
 
 def _train_further(config, task, chosen, tree, steps: int) -> PreTrainedModel:
@@ -312,4 +318,5 @@ def _batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
 
 
 def _key(row: dict[str, Any]) -> str:
-    return json.dumps([row["length"], list(row["layers"]), row["tree"], row["exact_tokens"], row["further_steps"]])
+    fields = ("length", "layers", "tree", "exact_tokens", "root_tokens", "further_steps")
+    return json.dumps([row[name] for name in fields])

@@ -19,6 +19,8 @@ from ..modeling.tree_hsa import SignalTree
 ATTENTION_NAME = "hsa"
 CONFIG_KEY = "hsa"
 DEFAULT_BRANCHING = (16, None)
+DEFAULT_ROOT_TOKENS = (0, -1)
+"""The first and the last token, in BERT `[CLS]` and `[SEP]`: much attention goes to them, from all others alike."""
 ADDITIVE_MASKED = -1e4
 """An additive mask hides a token by this or less: models and users write -10000, the least number of a dtype or minus infinity."""
 TreeBuilder = Callable[[torch.Tensor], SignalTree]
@@ -103,6 +105,20 @@ def checked_integers(name: str, values: Sequence[int]) -> list[int]:
         raise ValueError(f"`{name}` must be integers, got {values!r}") from None
 
 
+def checked_root_tokens(root_tokens: Sequence[int] | None, builder: TreeBuilder | None) -> list[int]:
+    """The positions, by default [`DEFAULT_ROOT_TOKENS`]; ValueError where they are no integers, repeated, or can't be had."""
+    if builder is not None:
+        if root_tokens is not None:
+            raise ValueError(
+                f"`root_tokens` can't be given with a function for `tree`, which makes them, got {root_tokens}"
+            )
+        return []
+    positions = checked_integers("root_tokens", DEFAULT_ROOT_TOKENS if root_tokens is None else root_tokens)
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"`root_tokens` must be different positions, got {positions}")
+    return positions
+
+
 def checked_exact_tokens(exact_tokens: Sequence[int]) -> list[int]:
     """The positions; ValueError where they are no integers, negative or repeated."""
     positions = checked_integers("exact_tokens", exact_tokens)
@@ -178,7 +194,7 @@ def hsa_attention(
     if "_hsa" in module.__dict__:
         choice = module.__dict__["_hsa"]
     elif getattr(module.config, CONFIG_KEY, None) is None:
-        choice = None if has_window(module) else LayerChoice(DEFAULT_BRANCHING, None, ())
+        choice = None if has_window(module) else LayerChoice(DEFAULT_BRANCHING, None, (), DEFAULT_ROOT_TOKENS)
     else:
         raise ValueError(
             f"`config.{CONFIG_KEY}` says that HSA was injected, but this model was not: either it comes from a checkpoint that "
@@ -310,11 +326,13 @@ class LayerChoice:
         branching (`int` or sequence of `int` and `None`, *optional*): of regular trees; `None` where there is a builder.
         builder (`Callable`, *optional*): from the mask of a batch, bool `(B, N)`, to its trees.
         exact_tokens (sequence of `int`): positions whose rows are those of flat attention.
+        root_tokens (sequence of `int`): positions of children of the root in regular trees.
     """
 
     branching: int | Sequence[int | None] | None
     builder: TreeBuilder | None
     exact_tokens: Sequence[int]
+    root_tokens: Sequence[int]
 
     def tree(self, query: torch.Tensor, mask: torch.Tensor | None) -> SignalTree:
         """Trees of a batch whose real tokens come first; ValueError where a builder's are not over these."""
@@ -328,7 +346,7 @@ class LayerChoice:
             lengths = torch.full((batch_size,), length, device=query.device)
         else:
             lengths = mask.sum(1)
-        return SignalTree.regular(lengths, self.branching, size=length)
+        return SignalTree.regular(lengths, self.branching, size=length, root_tokens=self.root_tokens)
 
     def attend(self, query, key, value, mask, scaling) -> torch.Tensor:
         """HSA, with the exact rows: `(B, H, N, e)`."""

@@ -17,6 +17,7 @@ from .attention import (
     check_chosen,
     check_scores,
     checked_exact_tokens,
+    checked_root_tokens,
     choice_of_tree,
     for_each_head,
     has_window,
@@ -41,6 +42,7 @@ def gap_report(
     *,
     tree: int | Sequence[int | None] | TreeBuilder = DEFAULT_BRANCHING,
     exact_tokens: Sequence[int] = (0,),
+    root_tokens: Sequence[int] | None = None,
     num_rows: int | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -52,7 +54,7 @@ def gap_report(
     Args:
         model (`PreTrainedModel`): an encoder that [`~hkt_hf.hsa.inject.inject`] can serve, not injected. It is left as it was.
         batch (mapping): inputs as the model takes them.
-        tree, exact_tokens: as in [`~hkt_hf.hsa.inject.inject`].
+        tree, exact_tokens, root_tokens: as in [`~hkt_hf.hsa.inject.inject`].
         num_rows (`int`, *optional*): take `log Z_i` from this many rows of each sequence, at least 1, for very long ones. All by
             default: `log Z_i` differs from row to row by more than small gaps, and a mean over some may even be negative.
         seed (`int`, *optional*, defaults to 0): for which rows.
@@ -67,7 +69,9 @@ def gap_report(
     if num_rows is not None and num_rows < 1:
         raise ValueError(f"`num_rows` must be at least 1, got {num_rows}")
     modules = attention_modules(model)
-    choice = LayerChoice(*choice_of_tree(tree), tuple(checked_exact_tokens(exact_tokens)))
+    branching, builder = choice_of_tree(tree)
+    exact, at_root = checked_exact_tokens(exact_tokens), checked_root_tokens(root_tokens, builder)
+    choice = LayerChoice(branching, builder, tuple(exact), tuple(at_root))
     generator = torch.Generator().manual_seed(seed)
     found: dict[int, torch.Tensor] = {}
     layer_of = {id(module): layer for layer, module in modules.items()}

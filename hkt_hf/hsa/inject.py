@@ -7,6 +7,7 @@ encoder whose attention goes through transformers' `AttentionInterface` can be t
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from .attention import (
     attention_modules,
     checked_exact_tokens,
     checked_integers,
+    checked_root_tokens,
     choice_of_tree,
     has_window,
     set_attention_back,
@@ -39,11 +41,13 @@ class Injection:
             trees come from a function, which no configuration can hold.
         layers (list of `int`): layers that use HSA; the others stay as they were.
         exact_tokens (list of `int`): positions in each sequence whose rows are those of flat attention.
+        root_tokens (list of `int`): positions in each sequence of children of the root; none with a function.
     """
 
     branching: list[int | None] | int | None
     layers: list[int]
     exact_tokens: list[int]
+    root_tokens: list[int]
 
 
 def inject(
@@ -52,6 +56,7 @@ def inject(
     tree: int | Sequence[int | None] | TreeBuilder = DEFAULT_BRANCHING,
     layers: str | Sequence[int] = "auto",
     exact_tokens: Sequence[int] = (0,),
+    root_tokens: Sequence[int] | None = None,
     batch: Mapping[str, torch.Tensor] | None = None,
     budget: float = 0.25,
 ) -> PreTrainedModel:
@@ -70,6 +75,10 @@ def inject(
             (ALBERT) are one layer.
         exact_tokens (sequence of `int`, *optional*, defaults to `(0,)`): positions, counted from the first real token, whose rows
             are computed by flat attention, e.g. the `[CLS]` that a classifier reads. They have no say in the ties of the others.
+        root_tokens (sequence of `int`, *optional*): positions, counted from the first real token, or from the last where negative,
+            of tokens that are children of the root themselves, beside the groups of the others: each group weighs them apart. By
+            default `(0, -1)`, in BERT `[CLS]` and `[SEP]`, which draw much attention; `()` for none. A function for `tree` makes
+            its own.
         batch (mapping, *optional*): inputs as the model takes them, for `layers="auto"`.
         budget (`float`, *optional*, defaults to 0.25): nats, for `layers="auto"`. On SST-2 what the default chooses, one to four
             of MiniLM's six layers, stays within 0.6 points of accuracy (`results/hsa_zero_shot_sst2.json`); texts of hundreds of
@@ -92,11 +101,13 @@ def inject(
     _check_not_injected(model)
     exact_tokens = checked_exact_tokens(exact_tokens)
     branching, builder = choice_of_tree(tree)
+    at_root = checked_root_tokens(root_tokens, builder)
     if isinstance(layers, str):
-        chosen = _layers_by_name(layers, model, modules, tree, exact_tokens, batch, budget)
+        options = {"tree": tree, "exact_tokens": exact_tokens, "root_tokens": root_tokens}
+        chosen = _layers_by_name(layers, model, modules, batch, budget, options)
     else:
         chosen = _check_layers(layers, modules)
-    _apply(model, modules, Injection(branching, chosen, exact_tokens), builder)
+    _apply(model, modules, Injection(branching, chosen, exact_tokens, at_root), builder)
     return model
 
 
@@ -159,7 +170,13 @@ def load(path: str | os.PathLike, auto_class: type = AutoModelForSequenceClassif
             f"`path` {str(path)!r} was injected with a function for `tree`: load it and inject it with that"
         )
     delattr(model.config, CONFIG_KEY)
-    inject(model, tree=choice["branching"], layers=choice["layers"], exact_tokens=choice["exact_tokens"])
+    inject(
+        model,
+        tree=choice["branching"],
+        layers=choice["layers"],
+        exact_tokens=choice["exact_tokens"],
+        root_tokens=choice.get("root_tokens", ()),  # of a checkpoint from before there were any
+    )
     return (model, *information) if information else model
 
 
@@ -205,7 +222,7 @@ def _check_layers(layers: Sequence[int], modules: Mapping[int, nn.Module]) -> li
     return chosen
 
 
-def _layers_by_name(name, model, modules, tree, exact_tokens, batch, budget) -> list[int]:
+def _layers_by_name(name, model, modules, batch, budget, options: Mapping[str, Any]) -> list[int]:
     possible = [layer for layer, module in modules.items() if not has_window(module)]
     if not possible:
         raise ValueError("`model` can't be served: the attention of each of its layers has a sliding window")
@@ -217,7 +234,7 @@ def _layers_by_name(name, model, modules, tree, exact_tokens, batch, budget) -> 
         raise ValueError("`layers='auto'` needs a `batch` to measure gaps on, or name the layers")
     if not budget >= 0:
         raise ValueError(f"`budget` must be at least 0 nats, got {budget}")
-    gaps = {entry["layer"]: entry["gap"] for entry in gap_report(model, batch, tree=tree, exact_tokens=exact_tokens)}
+    gaps = {entry["layer"]: entry["gap"] for entry in gap_report(model, batch, **options)}
     chosen = layers_within(gaps, budget)
     if not chosen:
         layer = min(gaps, key=gaps.get)
@@ -232,7 +249,7 @@ def _apply(model, modules, injection: Injection, builder: TreeBuilder | None) ->
     model.__dict__["_before_hsa"] = before, getattr(model.config, CONFIG_KEY, None)
     model.set_attn_implementation(ATTENTION_NAME)
     setattr(model.config, CONFIG_KEY, asdict(injection))
-    choice = LayerChoice(injection.branching, builder, tuple(injection.exact_tokens))
+    choice = LayerChoice(injection.branching, builder, tuple(injection.exact_tokens), tuple(injection.root_tokens))
     # Every module is told, so that other attention in the model, such as that of a second tower, stays as it was.
     for module in model.modules():
         module.__dict__["_hsa"] = None

@@ -50,13 +50,14 @@ def test_zero_shot_measures_every_case_once(fine_tuning, tmp_path):
         num_test=9,
         batch_size=4,
         without_exact=[([1], 4)],
+        without_root=[([0, 1], 4)],
         budgets=[0.0, 100.0],
         further_steps=2,
         further=[([0, 1], 4)],
     )
     path = tmp_path / "result.json"
     result = frontier.zero_shot(fine_tuning, protocol, path)
-    assert len(result["rows"]) == 2 * (1 + 2 * 2 + 1) + 2 and len(result["gaps"]) == 2 * 2
+    assert len(result["rows"]) == 2 * (1 + 2 * 2 + 2) + 2 and len(result["gaps"]) == 2 * 2
     assert len(result["auto"]) == 2 * 2 * 2 and [auto["layers"] for auto in result["auto"][:2]] == [[], [0, 1]]
     flat = result["rows"][0]
     assert flat["tree"] is None and flat["operations"] == flat["operations_flat"]
@@ -77,6 +78,11 @@ def test_zero_shot_measures_every_case_once(fine_tuning, tmp_path):
         for tokens in ([0], [])
     )
     assert without["saved_in_replaced_layers"] > exact["saved_in_replaced_layers"] > 0
+    with_root, without_root = (
+        next(row for row in result["rows"] if (row["layers"], row["tree"], row["root_tokens"]) == ([0, 1], 4, tokens))
+        for tokens in ([0, -1], [])
+    )
+    assert without_root["operations"] != with_root["operations"]
     assert [(row["tree"], row["further_steps"]) for row in result["rows"][-3:]] == [(4, 0), (None, 2), (4, 2)]
     before = path.read_text()
     again = frontier.zero_shot(fine_tuning, protocol, path)

@@ -1,6 +1,7 @@
 """HSA in pretrained encoders: the same numbers on a flat tree, the old model back, padding, saving, errors."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -240,7 +241,7 @@ def test_only_the_chosen_layers_change():
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(after[1][real], before[1][real], rtol=0, atol=1e-6)
     assert (after[2] - before[2])[real].abs().max() > 1e-4
-    assert model.config.hsa == {"branching": 2, "layers": [1], "exact_tokens": [0]}
+    assert model.config.hsa == {"branching": 2, "layers": [1], "exact_tokens": [0], "root_tokens": [0, -1]}
 
 
 def attention_of(model, batch, layer):
@@ -273,11 +274,13 @@ def test_exact_tokens_have_rows_of_flat_attention_and_no_say():
     assert (output - flat)[:, 1:5].abs().max() > 1e-3
 
 
-def test_without_exact_tokens_it_is_the_matrix_of_the_definition():
+@pytest.mark.parametrize("root_tokens", [None, (), (-1, 3)])
+def test_without_exact_tokens_it_is_the_matrix_of_the_definition(root_tokens):
     model, batch = encoder(), batch_of()
-    inject(model, tree=(4, None), layers=[0], exact_tokens=())
+    inject(model, tree=(4, None), layers=[0], exact_tokens=(), root_tokens=root_tokens)
     query, key, value, output = attention_of(model, batch, 0)
-    matrix = hsa_matrix(query, key, SignalTree.regular([15, 23, 9], (4, None)))
+    at_root = (0, -1) if root_tokens is None else root_tokens
+    matrix = hsa_matrix(query, key, SignalTree.regular([15, 23, 9], (4, None), root_tokens=at_root))
     expected = (matrix @ value.double()).transpose(1, 2).flatten(2)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(output[real].double(), expected[real], rtol=0, atol=1e-5)
@@ -295,8 +298,47 @@ def test_trees_from_a_function():
     first = logits(model, **batch)
     assert calls == [(3, 23)] * 2
     restore(model)
-    inject(model, tree=(5, None), layers=[0, 2])
+    inject(model, tree=(5, None), layers=[0, 2], root_tokens=())
     torch.testing.assert_close(logits(model, **batch), first, rtol=0, atol=1e-5)  # the same groups
+
+
+def test_root_tokens_are_those_of_the_real_tokens_and_saved(tmp_path):
+    """Whatever side padding is on; a checkpoint from before there were any has none."""
+    model, batch = encoder(), batch_of()
+    inject(model, tree=4, layers="all", root_tokens=(0, -2))
+    before = logits(model, **batch)
+    flipped = {name: tensor.clone() for name, tensor in batch.items()}
+    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        for name, tensor in batch.items():
+            flipped[name][row] = tensor[row].roll(tensor.shape[1] - length)
+    positions = (flipped["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    output = attention_of(model, batch, 0)[-1]
+    other = attention_of(model, {**flipped, "position_ids": positions}, 0)[-1]
+    real = batch["attention_mask"].bool(), flipped["attention_mask"].bool()
+    torch.testing.assert_close(other[real[1]], output[real[0]], rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).config.hsa["root_tokens"] == [0, -2]
+    assert torch.equal(logits(load(tmp_path), **batch), before)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["hsa"]["root_tokens"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path).config.hsa["root_tokens"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"root_tokens": (0, 0)}, "`root_tokens` must be different positions, got \\[0, 0\\]"),
+        ({"root_tokens": ("first",)}, "`root_tokens` must be integers"),
+        ({"root_tokens": (0,), "tree": lambda mask: None}, "`root_tokens` can't be given with a function"),
+    ],
+)
+def test_root_tokens_that_make_no_sense_are_refused(options, message):
+    model = encoder()
+    for refused in (lambda: inject(model, layers=[0], **options), lambda: gap_report(model, batch_of(), **options)):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert not hasattr(model.config, "hsa")
 
 
 @each_family
@@ -511,11 +553,13 @@ def test_an_injected_model_trains():
 # Gaps
 
 
-def test_the_gap_is_the_divergence_of_rows():
+@pytest.mark.parametrize("root_tokens", [None, (), (-2,)])
+def test_the_gap_is_the_divergence_of_rows(root_tokens):
     model, batch = encoder(), batch_of()
-    (entry, *_) = gap_report(model, batch, tree=(4, None), exact_tokens=())
+    (entry, *_) = gap_report(model, batch, tree=(4, None), exact_tokens=(), root_tokens=root_tokens)
     query, key, _, _ = attention_of(model, batch, 0)
-    matrix = hsa_matrix(query, key, SignalTree.regular([15, 23, 9], (4, None)))
+    at_root = (0, -1) if root_tokens is None else root_tokens
+    matrix = hsa_matrix(query, key, SignalTree.regular([15, 23, 9], (4, None), root_tokens=at_root))
     means = []
     for row, length in enumerate((15, 23, 9)):
         theta = matrix[row, :, :length, :length]

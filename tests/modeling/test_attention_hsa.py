@@ -46,6 +46,7 @@ trees = st.one_of(
         SignalTree.regular,
         st.lists(st.integers(1, 24), min_size=1, max_size=2),
         st.sampled_from([2, 3, (None,), (4, None), (2, 3, None)]),
+        root_tokens=st.sampled_from([(), (0, -1), (5, -2, 1)]),
     ),
 )
 in_order_trees = st.one_of(
@@ -55,7 +56,10 @@ in_order_trees = st.one_of(
         st.lists(st.integers(2, 20), min_size=1, max_size=2),
     ),
     st.builds(
-        SignalTree.regular, st.lists(st.integers(1, 20), min_size=1, max_size=2), st.sampled_from([2, (4, None)])
+        SignalTree.regular,
+        st.lists(st.integers(1, 20), min_size=1, max_size=2),
+        st.sampled_from([2, (4, None)]),
+        root_tokens=st.sampled_from([(), (0, -1)]),
     ),
 )
 
@@ -97,11 +101,21 @@ def test_a_batch_of_unequal_lengths_is_each_alone(seed, lengths):
     nested = [random_nested(generator, length) for length in lengths]
     for batch, alone in (
         (SignalTree.from_nested(nested), [SignalTree.from_nested([each]) for each in nested]),
-        (SignalTree.regular(lengths, (3, None)), [SignalTree.regular([length], (3, None)) for length in lengths]),
+        *(
+            (
+                SignalTree.regular(lengths, (3, None), root_tokens=tokens),
+                [SignalTree.regular([length], (3, None), root_tokens=tokens) for length in lengths],
+            )
+            for tokens in ((), (0, -1))
+        ),
+        (
+            SignalTree.regular([40, *lengths[1:]], 2, root_tokens=(0, -1)),
+            [SignalTree.regular([length], 2, root_tokens=(0, -1)) for length in [40, *lengths[1:]]],
+        ),
     ):
         tensors = states(batch)
         output = hierarchical_self_attention(*tensors, batch)
-        for row, (tree, length) in enumerate(zip(alone, lengths, strict=True)):
+        for row, (tree, length) in enumerate(zip(alone, batch.lengths.tolist(), strict=True)):
             single = hierarchical_self_attention(*(each[row : row + 1, :, :length] for each in tensors), tree)
             torch.testing.assert_close(output[row : row + 1, :, :length], single, rtol=0, atol=1e-12)
             assert (output[row, :, length:] == 0).all()
@@ -416,7 +430,12 @@ def test_a_million_leaves_take_memory_by_the_leaf():
 
 
 @pytest.mark.parametrize(
-    "tree", [SignalTree.regular([40, 23], (4, None)), SignalTree.from_nested([[[0, 1], [2, [3]]]])]
+    "tree",
+    [
+        SignalTree.regular([40, 23], (4, None)),
+        SignalTree.regular([40, 23], (4, None), root_tokens=(0, -1)),
+        SignalTree.from_nested([[[0, 1], [2, [3]]]]),
+    ],
 )
 def test_compiled_code_gives_the_same(tree):
     query, key, value = states(tree, dtype=torch.float32)

@@ -53,6 +53,49 @@ def test_regular_trees_group_neighbours(lengths, branching):
     assert all((parents.diff() >= 0).all() for parents in tree.parents)
 
 
+def test_root_tokens_are_children_of_the_root():
+    """By themselves, in order; the others are in the groups that they are in without."""
+    tree = SignalTree.regular([18, 5, 2, 1, 0], 4, root_tokens=(0, -1), size=20)
+    groups = [[1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert tree.nested() == [[0, groups, 16, 17], [0, [1, 2, 3], 4], [0, 1], [0], []]
+    assert tree.mask.sum(1).tolist() == [18, 5, 2, 1, 0] and tree.is_in_order
+    assert (
+        SignalTree.regular([5], 4, root_tokens=(0, -1)).nested() == tree.nested()[1:2]
+    )  # whatever else is in the batch
+    assert SignalTree.regular([18], (4, None), root_tokens=(0, -1)).nested() == [[0, *groups, 16, 17]]
+    inside = SignalTree.regular([6], (3, None), root_tokens=[1])
+    assert inside.nested() == [[[0, 2], 1, [3, 4, 5]]] and not inside.is_in_order
+    assert SignalTree.regular([4], (None,), root_tokens=(0,)).root_tokens is None  # all are children of the root
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    branching=st.sampled_from([2, 3, (4, None), (2, 3, None)]),
+    tokens=st.lists(st.integers(-5, 5), max_size=3),
+)
+def test_root_tokens_leave_the_groups_of_the_others(lengths, branching, tokens):
+    lengths[0] = max(lengths[0], 30)
+    tree, plain = (SignalTree.regular(lengths, branching, root_tokens=roots) for roots in (tokens, ()))
+    for length, root, other in zip(lengths, tree.nested(), plain.nested(), strict=True):
+        apart = {token % length for token in tokens if -length <= token < length}
+        assert apart <= {child for child in root if isinstance(child, int)}
+        found, expected = pairs_in_groups(root), pairs_in_groups(other)
+        assert found == {pair for pair in expected if not apart & set(pair)}
+
+
+def pairs_in_groups(root):
+    """Pairs of leaves that have a node in common below the root."""
+    found = set()
+    for child in root:
+        leaves = sorted(leaves_of(child))
+        found |= {(a, b) for a in leaves for b in leaves if a < b}
+    return found
+
+
+def leaves_of(node):
+    return [node] if isinstance(node, int) else [leaf for child in node for leaf in leaves_of(child)]
+
+
 def test_segments_become_nodes():
     sentences = torch.tensor([[0, 0, 1, 1, 1, 2, 2, -1], [5, 5, 3, 3, 5, 0, 0, 0]])
     paragraphs = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 9], [0, 0, 0, 0, 0, 1, 1, 1]])
@@ -204,7 +247,8 @@ def test_families_of_very_different_sizes_do_not_pad_each_other():
 def test_what_is_read_in_inference_mode_can_be_trained_with():
     with torch.inference_mode():
         made = SignalTree.from_segments(torch.tensor([[0, 0, 1, 1, 1]]))
-    read = [SignalTree.regular([5, 3], (2, None)), SignalTree.from_nested([[[0, 1, 2], [3, 4]]]), made]
+    with_roots = SignalTree.regular([5, 3], (2, None), root_tokens=(0, -1))
+    read = [SignalTree.regular([5, 3], (2, None)), with_roots, SignalTree.from_nested([[[0, 1, 2], [3, 4]]]), made]
     for tree in read:
         with torch.inference_mode():
             tree.nested(), tree.mask, tree.levels, tree.is_in_order
@@ -223,6 +267,7 @@ def test_outline_and_repr():
     assert tree.outline([["a", "b", "c", "d", "e"], []]) == "(2 children)\n  a b\n  (2 children)\n    c\n    d e"
     assert tree.outline(sequence=1) == "0"
     assert "lengths=[5, 1]" in repr(tree) and "branching=(2, 2)" in repr(SignalTree.regular([3], 2))
+    assert "root tokens" in repr(SignalTree.regular([3], 2, root_tokens=(0,)))
     long = SignalTree.from_nested([[[i, i + 1] for i in range(0, 400, 2)]]).outline().splitlines()
     assert len(long) == 61 and long[-1] == "... 141 more lines"
     with pytest.raises(ValueError, match="`sequence` must lie in"):
@@ -230,9 +275,11 @@ def test_outline_and_repr():
 
 
 def test_trees_move_between_devices():
-    for tree in (SignalTree.regular([3, 2], 2), SignalTree.from_nested([[0, [1, 2]]])):
+    with_roots = SignalTree.regular([4, 3], (2, None), root_tokens=(0,))
+    for tree in (SignalTree.regular([3, 2], 2), with_roots, SignalTree.from_nested([[0, [1, 2]]])):
         assert tree.to("cpu") is tree
         moved = tree.to("meta")
+        assert (moved.root_tokens is None) == (tree is not with_roots)
         assert moved.device.type == "meta" and moved.size == tree.size and moved.branching == tree.branching
 
 
@@ -265,6 +312,7 @@ ITSELF.append(ITSELF)
         (lambda: SignalTree.regular([9], (None, 2)), "None at the last level only"),
         (lambda: SignalTree.regular([9], (2, 2)), "leaves 3 roots for 9 tokens"),
         (lambda: SignalTree.regular([9], 2, size=8), "`size` must be at least the longest length, 9"),
+        (lambda: SignalTree.regular([9], 2, root_tokens=(0.5,)), "`root_tokens` must be integers, got 0.5"),
         (lambda: SignalTree.from_segments([]), "at least one level"),
         (lambda: SignalTree.from_segments(torch.zeros(3)), r"must be \(batch, length\)"),
         (lambda: SignalTree.from_segments(torch.zeros(2, 3)), "must be integers"),
