@@ -179,13 +179,14 @@ THEORY_ROWS = (
 def test_the_figures_on_injection_are_the_measured_ones():
     text = " ".join((ROOT / "docs" / "hsa.md").read_text(encoding="utf-8").split())
     result = json.loads((ROOT / "results" / "hsa_zero_shot_sst2.json").read_text(encoding="utf-8"))
-    rows = {(tuple(row["layers"]), str(row["tree"])): row for row in result["rows"]}
-    own, all_layers = rows[(), "None"], tuple(range(6))
+    rows = {(tuple(row["layers"]), str(row["tree"])): row for row in result["rows"] if row["root_tokens"]}
+    without = {(tuple(row["layers"]), str(row["tree"])): row for row in result["rows"] if not row["root_tokens"]}
+    own, all_layers = without[(), "None"], tuple(range(6))
 
     def percent(row):
         return f"{100 * row['accuracy']:.2f}%"
 
-    def loss(layers, tree):
+    def loss(layers, tree, rows=rows):
         found = rows[layers, tree]["difference"]
         return f"{-found['mean']:.2f}", f"{-found['high']:.2f} to {-found['low']:.2f}"
 
@@ -204,22 +205,76 @@ def test_the_figures_on_injection_are_the_measured_ones():
     assert f"in the last two none ({percent(rows[(4, 5), '4'])})" in text and loss((4, 5), "4")[0].startswith("-")
     assert all(rows[(5,), tree]["difference"]["mean"] == 0 for tree in ("4", "[8, None]", "[16, None]"))
     chosen = [auto for auto in result["auto"] if auto["budget"] == 0.25]
-    assert {len(auto["layers"]) for auto in chosen} == {1, 4} and len(chosen) == 3
+    assert {len(auto["layers"]) for auto in chosen} == {1, 2, 4} and len(chosen) == 3
     changes = [rows[tuple(auto["layers"]), str(auto["tree"])]["difference"] for auto in chosen]
-    assert max(abs(change["mean"]) for change in changes) < 0.6
+    assert -0.3 < min(change["mean"] for change in changes)
     assert f"by {max(c['mean'] for c in changes):+.2f} to {min(c['mean'] for c in changes):+.2f} points" in text
-    assert all(change["p_value"] is None or change["p_value"] > 0.1 for change in changes)
+    assert all(change["mean"] > 0 or change["p_value"] > 0.1 for change in changes)
     assert next(auto for auto in result["auto"] if (auto["budget"], auto["tree"]) == (0.5, [16, None]))["layers"] == [
         *all_layers
     ]
     assert "lose {} ({})".format(*loss(all_layers, "[16, None]")) in text
     deep, _, wide = (gap["by_layer"] for gap in result["gaps"])
-    assert f"add up to {sum(wide):.2f}, less than" in text and sum(wide) < min(deep[1:5])
-    times = sorted(1000 * row["seconds"] for row in result["rows"] if row["tree"] is not None)
-    assert f"takes {1000 * own['seconds']:.1f} ms a sentence" in text
-    assert f"all others {times[0]:.1f} to {times[-1]:.1f}" in text
+    assert f"add up to {sum(wide):.2f}, less than the first layer alone" in text and sum(wide) < deep[0]
+    lost = [loss((3, 4, 5), "4", each)[0] for each in (without, rows)]
+    assert f"it hardly matters ({lost[0]} and {lost[1]})" in text
+    assert f"takes {1000 * own['seconds']:.1f} ms a sentence on one thread of a busy machine" in text
+    assert "all others {:.1f} to {:.1f}".format(*shortest_and_longest(result["rows"])) in text
     default = inspect.signature(inject).parameters["budget"].default
     assert default == 0.25 and f"The default budget, {default} nats" in text
+
+
+def shortest_and_longest(rows):
+    """Milliseconds a text of injected models."""
+    times = [1000 * row["seconds"] for row in rows if row["tree"] is not None]
+    return min(times), max(times)
+
+
+def test_the_figures_on_long_texts_are_the_measured_ones():
+    text = " ".join((ROOT / "docs" / "hsa.md").read_text(encoding="utf-8").split())
+    result = json.loads((ROOT / "results" / "hsa_zero_shot_imdb.json").read_text(encoding="utf-8"))
+    rows = [row for row in result["rows"] if row["length"] == 512]
+
+    def found(layers, tree, exact=True, root=True):
+        wanted = layers, tree, exact, root
+        return next(
+            row
+            for row in rows
+            if (row["layers"], row["tree"], bool(row["exact_tokens"]), bool(row["root_tokens"])) == wanted
+        )
+
+    def loss(*case, **options):
+        difference = found(*case, **options)["difference"]
+        interval = f"{-difference['high']:.1f} to {-difference['low']:.1f}"
+        return f"{-difference['mean']:.1f} ({interval})"
+
+    own, best = found([], None, False, False), found([0, 4, 5], 4)
+    assert f"IMDB to {100 * own['accuracy']:.1f}% (reviews of at most 512 tokens, {own['mean_length']:.0f} on" in text
+    assert f"{own['examples'] // 1000},000 test reviews" in text
+    saved = best["saved_in_replaced_layers"]
+    lost, interval = loss([0, 4, 5], 4).split(" ", 1)
+    assert f"save {saved:.2%} of the operations of attention there and lose {lost} points (95% interval" in text
+    assert f"lose {lost} points (95% interval {interval[1:]}, in layers 0 and 5 {loss([0, 5], 4)}" in text
+    assert len(result["protocol"]["layer_sets"]) == 7 and "the best of seven choices" in text
+    apart = [row for row in rows if row["tree"] == 4 and len(row["layers"]) == 3 and row["root_tokens"]]
+    assert max(row["accuracy"] for row in apart) == best["accuracy"]
+    last = {count: loss(list(range(6 - count, 6)), 4) for count in (2, 3, 6)}
+    windows = loss([*range(6)], [16, None])
+    shown = (
+        f"in the last two it is {last[2].split()[0]}, in the last three {last[3]}, in all six {last[6]}, or {windows}"
+    )
+    assert f"{shown} with windows of 16" in text
+    gaps = [gap for each in result["gaps"] if each["length"] == 512 for gap in each["by_layer"]]
+    assert f"the smallest gap is {min(gaps):.2f}" in text
+    assert not any(auto["layers"] for auto in result["auto"] if auto["budget"] == 0.25)
+    without = loss([3, 4, 5], 4, root=False).split()[0]
+    assert f"last three layers lose {without} points without them and {last[3].split()[0]} with them" in text
+    docstring = " ".join(inspect.getdoc(inject).split())
+    assert f"three layers lose {last[3].split()[0]} points instead of {without}" in docstring
+    no_row = loss([4, 5], 4, exact=False).split()[0]
+    assert f"last two layers lose {no_row} points on IMDB with trees of 4, with it {last[2].split()[0]}" in text
+    times = "{:.1f} to {:.1f}".format(*shortest_and_longest(rows))
+    assert f"at 512 tokens {1000 * own['seconds']:.1f} and {times}" in text
 
 
 def test_the_figures_on_theory_are_the_measured_ones():

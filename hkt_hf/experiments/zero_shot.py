@@ -254,12 +254,14 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     figure, panels = plt.subplots(
         len(lengths), 2, figsize=(11, 4.2 * len(lengths)), layout="constrained", squeeze=False
     )
+    kinds = list(dict.fromkeys(map(_kind, result["rows"])))
     for length, pair in zip(lengths, panels, strict=True):
         rows = [row for row in result["rows"] if row["length"] == length]
-        kinds = list(dict.fromkeys(map(_kind, rows)))
         for axes, (label, value) in zip(pair, FRONTIERS.items(), strict=True):
             for number, kind in enumerate(kinds):
                 found = [row for row in rows if _kind(row) == kind]
+                if not found:
+                    continue
                 points = [value(row) for row in found], [100 * row["accuracy"] for row in found]
                 axes.plot(*points, "^" if found[0]["further_steps"] else "o", color=f"C{number}", label=kind)
             axes.set(title=f"up to {length} tokens", xlabel=label, ylabel="test accuracy, %")

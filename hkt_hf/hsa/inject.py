@@ -77,11 +77,11 @@ def inject(
             are computed by flat attention, e.g. the `[CLS]` that a classifier reads. They have no say in the ties of the others.
         root_tokens (sequence of `int`, *optional*): positions, counted from the first real token, or from the last where negative,
             of tokens that are children of the root themselves, beside the groups of the others: each group weighs them apart. By
-            default `(0, -1)`, in BERT `[CLS]` and `[SEP]`, which draw much attention; `()` for none. A function for `tree` makes
-            its own.
+            default `(0, -1)`, in BERT `[CLS]` and `[SEP]`, which draw much attention: on IMDB three layers lose 2.3 points
+            instead of 4.2 (`results/hsa_zero_shot_imdb.json`). `()` for none. A function for `tree` makes its own.
         batch (mapping, *optional*): inputs as the model takes them, for `layers="auto"`.
         budget (`float`, *optional*, defaults to 0.25): nats, for `layers="auto"`. On SST-2 what the default chooses, one to four
-            of MiniLM's six layers, stays within 0.6 points of accuracy (`results/hsa_zero_shot_sst2.json`); texts of hundreds of
+            of MiniLM's six layers, loses at most 0.3 points of accuracy (`results/hsa_zero_shot_sst2.json`); texts of hundreds of
             tokens have larger gaps and may need more.
 
     Returns:
