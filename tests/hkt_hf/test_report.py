@@ -828,6 +828,29 @@ def test_the_evidence_for_defaults_is_that_of_the_records():
     assert f"{rope} against {absolute} on ListOps, {rope_pixels} against {absolute_pixels} on CIFAR-10" in text
 
 
+def test_the_figures_on_hsa_are_those_of_the_records():
+    """What docs/hsa.md and docs/experiments.md say of HSA from scratch."""
+    texts = [
+        " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()) for name in ("hsa.md", "experiments.md")
+    ]
+    arms = arms_of(RESULTS)
+    hsa, flat = (arms["imdb-words", f"{name} (absolute)"] for name in ("hsa", "hsa-flat"))
+    runs = [[100 * arm.finished[seed]["test_accuracy"] for seed in (0, 1, 2)] for arm in (hsa, flat)]
+    shown = [f"{first:.2f}, {second:.2f} and {third:.2f}%" for first, second, third in runs]
+    assert f"paragraphs has {shown[0]}, the same layers on a flat tree {shown[1]}" in texts[0]
+    assert all(mine > other for mine, other in zip(*runs, strict=True))
+    found = paired_difference(*runs)
+    gain, interval = f"{found['mean']:+.2f} points", f"{found['low']:+.2f} to {found['high']:+.2f}"
+    assert f"{gain} ({interval}, p {found['p_value']:.3f}), ahead with every seed" in texts[0]
+    assert (
+        f"{gain} over the same layers on a flat tree ({interval}, p {found['p_value']:.3f}, three seeds)" in texts[1]
+    )
+    paper = PAPER_RESULTS["imdb-words"]
+    assert f"the paper reports {paper.gain:+.2f}, with a flat arm of {paper.flat:.2f}%" in texts[0]
+    ratio = flat.tokens_per_second / hsa.tokens_per_second
+    assert f"takes {ratio:.1f} times as long" in texts[0]
+
+
 def test_the_figures_on_pretraining_are_those_of_the_records():
     """What docs/experiments.md says of IMDB and CIFAR-10 after masked LM on their own training inputs."""
     text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
