@@ -197,15 +197,14 @@ def _regular(query, key, value, tree, mask, rows, eps, self_loop, scale):
         query, key, value = (families(states) for states in (query, key, value))
         counts = families(counts, dim=-1)
         rows, phi = (None if states is None else families(states, dim=-1) for states in (rows, phi))
-        if at_root is not None and level + 1 == len(tree.branching):
+        is_below_root = at_root is not None and level + 1 == len(tree.branching)
+        if is_below_root:
             query, key, value, counts, rows, phi = at_root.join(query, key, value, counts, rows, phi)
         given, kept, (query, key, value), counts, rows, phi = _up(
             query, key, value, counts, rows, phi, eps[level], self_loop, scale
         )
-        saved.append((given, kept, length))
-    if at_root is not None:
-        given, kept, length = saved.pop()
-        given, kept = at_root.leave(given, kept)
+        if is_below_root:
+            given, kept = at_root.leave(given, kept)
         saved.append((given, kept, length))
     mass = output = None
     for given, kept, length in reversed(saved):
