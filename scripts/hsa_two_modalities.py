@@ -1,4 +1,4 @@
-"""Pictures and captions under one root, along several trees; writes `results/hsa_two_modalities.json` and `.png`.
+"""Pictures and questions about them under one root, along several trees; writes `results/hsa_two_modalities.json` and `.png`.
 
 usage: python scripts/hsa_two_modalities.py [--data FOLDER] [--steps N] [--output FILE]
 
@@ -28,7 +28,7 @@ def main() -> None:
         arms=list(ARMS),
         seeds=[0, 1, 2],
         search_seed=100,
-        learning_rates=[5e-4, 1e-3, 2e-3],
+        learning_rates=[1e-3, 2e-3],
         steps=options.steps,
         batch_size=64,
         num_train=40_000,

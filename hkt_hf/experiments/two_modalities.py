@@ -1,9 +1,8 @@
-"""Pictures and words under one root: does a picture show what its caption names, with HSA along nested signals (2509.15448).
+"""Pictures and words under one root: which of two things does a picture show, with HSA along nested signals (2509.15448).
 
-Data of two modalities, made of CIFAR-10 (ours): the pixels of a grey picture, row by row, then a caption that names one of eight
-of its classes, four animals and four vehicles; pictures of the other two animals are left out. The label is whether both are of
-animals or both of vehicles, each half of the time, so that neither modality alone tells anything. The trees differ, the model
-and the data do not.
+Data of two modalities, made of CIFAR-10 (ours): the pixels of a grey picture, row by row, then a question that names two of its
+classes, in either order, of which one is the picture's; that one is the label. Words alone are right half of the time, and what
+the picture alone is worth, one of the arms measures. The trees differ, the model and the data do not.
 """
 
 import hashlib
@@ -35,37 +34,39 @@ from matplotlib import pyplot as plt
 
 logger = logging.getLogger(__name__)
 
-VEHICLES = ("airplane", "automobile", "ship", "truck")
-ANIMALS = ("cat", "deer", "dog", "horse")
-CAPTIONS = ("a picture of one {}", "here you see one {}", "this shows one {}", "one {}")
-LONGEST_CAPTION = 5
+QUESTIONS = ("is it one {} or one {}", "what is it {} or {}", "one {} or one {}", "{} or {}")
+LONGEST_QUESTION = 7
 NUM_PIXEL_VALUES = 256
 PAD = 0
-WORDS = sorted({word for caption in CAPTIONS for word in caption.split()} - {"{}"} | {*VEHICLES, *ANIMALS})
+WORDS = sorted({word for question in QUESTIONS for word in question.split()} - {"{}"} | {*CIFAR10_NAMES})
 """A pixel of brightness `v` is the token `1 + v`; then come the words."""
 VOCABULARY = {word: 1 + NUM_PIXEL_VALUES + index for index, word in enumerate(WORDS)}
 
 
 def _flat(side: int, lengths: torch.Tensor) -> SignalTree:
-    return SignalTree.regular(side**2 + lengths, (None,), size=side**2 + LONGEST_CAPTION)
+    return SignalTree.regular(side**2 + lengths, (None,), size=side**2 + LONGEST_QUESTION)
 
 
-def _caption(lengths: torch.Tensor) -> SignalTree:
-    return SignalTree.regular(lengths, (None,), size=LONGEST_CAPTION)
+def _picture(side: int, lengths: torch.Tensor) -> SignalTree:
+    return _flat(side, torch.zeros_like(lengths))
+
+
+def _question(lengths: torch.Tensor) -> SignalTree:
+    return SignalTree.regular(lengths, (None,), size=LONGEST_QUESTION)
 
 
 def _modalities(side: int, lengths: torch.Tensor) -> SignalTree:
     pixels = torch.full_like(lengths, side**2)
-    return SignalTree.join([SignalTree.regular(pixels, (None,)), _caption(lengths)])
+    return SignalTree.join([SignalTree.regular(pixels, (None,)), _question(lengths)])
 
 
 def _quadtree(side: int, lengths: torch.Tensor) -> SignalTree:
-    return SignalTree.join([SignalTree.from_grid(side, side, 2, batch_size=len(lengths)), _caption(lengths)])
+    return SignalTree.join([SignalTree.from_grid(side, side, 2, batch_size=len(lengths)), _question(lengths)])
 
 
 def _line(side: int, lengths: torch.Tensor) -> SignalTree:
     pixels = torch.full_like(lengths, side**2)
-    return SignalTree.join([SignalTree.regular(pixels, 4), _caption(lengths)])
+    return SignalTree.join([SignalTree.regular(pixels, 4), _question(lengths)])
 
 
 ARMS: dict[str, Callable[[int, torch.Tensor], SignalTree]] = {
@@ -73,9 +74,11 @@ ARMS: dict[str, Callable[[int, torch.Tensor], SignalTree]] = {
     "modalities": _modalities,
     "quadtree": _quadtree,
     "line": _line,
+    "picture": _picture,
 }
 """Trees by name: all tokens under the root; two modalities under it; the picture also in blocks of 2 by 2, and of 4 pixels in
-line."""
+line; pixels alone, the question hidden. Each is called with the side of the pictures and the words of each question, and has
+the lengths that the model is to see."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Protocol:
         search_seed (`int`): of the runs that choose the learning rate, by their loss on validation data.
         learning_rates (sequence of `float`): each arm tries all, with full runs.
         steps, batch_size (`int`): of every run.
-        num_train, num_validation, num_test (`int`): pictures of all ten classes, of which those of eight are used.
+        num_train, num_validation, num_test (`int`): pictures; those of training get a new question each time.
         model (dict): fields of [`HSAConfig`].
 
     Raises:
@@ -176,38 +179,35 @@ def two_modalities(
 
 def examples(
     pixels: torch.Tensor, classes: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Captions for pictures, drawn anew.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Questions for pictures, drawn anew.
 
     Args:
         pixels (`torch.Tensor`): int64 `(n, side^2)`, 0 to 255.
-        classes (`torch.Tensor`): int64 `(n,)`, in the order of `CIFAR10_NAMES`, of vehicles and of animals in `ANIMALS`.
-        generator (`torch.Generator`): draws labels, names and captions.
+        classes (`torch.Tensor`): int64 `(n,)`, in the order of `CIFAR10_NAMES`.
+        generator (`torch.Generator`): draws the class that is named beside the right one, the order, and the wording.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: token ids `(n, side^2 + LONGEST_CAPTION)`, words of each caption
-        `(n,)`, and labels `(n,)`: 1 where caption and picture are of one kind.
+        `tuple[torch.Tensor, torch.Tensor]`: token ids `(n, side^2 + LONGEST_QUESTION)` and words of each question `(n,)`.
     """
-    is_vehicle = torch.tensor([name in VEHICLES for name in CIFAR10_NAMES])
     count = len(pixels)
-    labels = torch.randint(2, (count,), generator=generator)
-    wants_vehicle = is_vehicle[classes] == (labels == 1)
-    kinds = [torch.tensor([CIFAR10_NAMES.index(name) for name in names]) for names in (ANIMALS, VEHICLES)]
-    draws = torch.randint(2**30, (count,), generator=generator)
-    captions = torch.randint(len(CAPTIONS), (count,), generator=generator)
-    words = torch.full((count, LONGEST_CAPTION), PAD)
+    others = (classes + torch.randint(1, len(CIFAR10_NAMES), (count,), generator=generator)) % len(CIFAR10_NAMES)
+    pairs = torch.stack([classes, others], dim=1)
+    is_swapped = torch.randint(2, (count, 1), generator=generator) == 1
+    pairs = torch.where(is_swapped, pairs.flip(1), pairs)
+    wordings = torch.randint(len(QUESTIONS), (count,), generator=generator)
+    words = torch.full((count, LONGEST_QUESTION), PAD)
     lengths = torch.empty(count, dtype=torch.long)
     for row in range(count):
-        names = kinds[int(wants_vehicle[row])]
-        name = CIFAR10_NAMES[int(names[draws[row] % len(names)])]
-        caption = CAPTIONS[int(captions[row])].format(name).split()
-        lengths[row] = len(caption)
-        words[row, : len(caption)] = torch.tensor([VOCABULARY[word] for word in caption])
-    return torch.cat([1 + pixels, words], dim=1), lengths, labels
+        first, second = (CIFAR10_NAMES[index] for index in pairs[row].tolist())
+        question = QUESTIONS[int(wordings[row])].format(first, second).split()
+        lengths[row] = len(question)
+        words[row, : len(question)] = torch.tensor([VOCABULARY[word] for word in question])
+    return torch.cat([1 + pixels, words], dim=1), lengths
 
 
 def _read(protocol: Protocol, data_path: str | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Pixels and classes of each split, of the eight classes."""
+    """Pixels and classes of each split."""
     task = load_data(
         DataConfig(
             task="cifar10",
@@ -218,12 +218,10 @@ def _read(protocol: Protocol, data_path: str | None) -> dict[str, tuple[torch.Te
             max_test_samples=protocol.num_test,
         )
     )
-    is_used = torch.tensor([name in (*VEHICLES, *ANIMALS) for name in CIFAR10_NAMES])
     found = {}
     for name, split in task.splits.items():
-        classes = torch.tensor(split["label"][:])
         pixels = torch.tensor([[int(value) for value in text.split()] for text in split["text"][:]])
-        found[name] = pixels[is_used[classes]], classes[is_used[classes]]
+        found[name] = pixels, torch.tensor(split["label"][:])
     return found
 
 
@@ -236,12 +234,12 @@ def _fingerprint(splits: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> str
 
 
 def _train(protocol: Protocol, arm: str, seed: int, rate: float, splits, measured: str) -> dict[str, float]:
-    longest = protocol.side**2 + LONGEST_CAPTION
+    longest = protocol.side**2 + LONGEST_QUESTION
     config = HSAConfig(
         vocab_size=1 + NUM_PIXEL_VALUES + len(WORDS),
         pad_token_id=PAD,
         max_position_embeddings=longest,
-        num_labels=2,
+        num_labels=len(CIFAR10_NAMES),
         **protocol.model,
     )
     model = HSAForSequenceClassification(config).train()
@@ -253,8 +251,8 @@ def _train(protocol: Protocol, arm: str, seed: int, rate: float, splits, measure
     pixels, classes = splits["train"]
     for _ in tqdm(range(protocol.steps), desc=f"{arm}, rate {rate:g}, seed {seed}", leave=False):
         picked = torch.randint(len(pixels), (protocol.batch_size,), generator=generator)
-        input_ids, lengths, labels = examples(pixels[picked], classes[picked], generator)
-        loss = model(**_inputs(arm, protocol.side, input_ids, lengths), labels=labels).loss
+        input_ids, lengths = examples(pixels[picked], classes[picked], generator)
+        loss = model(**_inputs(arm, protocol.side, input_ids, lengths), labels=classes[picked]).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -265,20 +263,21 @@ def _train(protocol: Protocol, arm: str, seed: int, rate: float, splits, measure
 
 @torch.no_grad()
 def _measure(model, protocol: Protocol, arm: str, pixels: torch.Tensor, classes: torch.Tensor) -> dict[str, float]:
-    """Loss and accuracy on pictures with captions that are the same for all."""
-    input_ids, lengths, labels = examples(pixels, classes, torch.Generator().manual_seed(0))
+    """Loss and accuracy on pictures with questions that are the same for all."""
+    input_ids, lengths = examples(pixels, classes, torch.Generator().manual_seed(0))
     loss, correct = 0.0, 0
-    for part in torch.arange(len(labels)).split(protocol.batch_size):
+    for part in torch.arange(len(classes)).split(protocol.batch_size):
         inputs = _inputs(arm, protocol.side, input_ids[part], lengths[part])
-        output = model(**inputs, labels=labels[part])
+        output = model(**inputs, labels=classes[part])
         loss += output.loss.item() * len(part)
-        correct += int((output.logits.argmax(-1) == labels[part]).sum())
-    return {"loss": loss / len(labels), "accuracy": correct / len(labels), "examples": len(labels)}
+        correct += int((output.logits.argmax(-1) == classes[part]).sum())
+    return {"loss": loss / len(classes), "accuracy": correct / len(classes), "examples": len(classes)}
 
 
 def _inputs(arm: str, side: int, input_ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
-    mask = torch.arange(input_ids.shape[1]) < (side**2 + lengths)[:, None]
-    return {"input_ids": input_ids, "attention_mask": mask.long(), "tree": ARMS[arm](side, lengths)}
+    tree = ARMS[arm](side, lengths)
+    mask = torch.arange(input_ids.shape[1]) < tree.lengths[:, None]
+    return {"input_ids": input_ids, "attention_mask": mask.long(), "tree": tree}
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
