@@ -135,9 +135,9 @@ def comparisons(section: Section) -> list[Comparison]:
     HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); ablations of
     all its seeds, and those with a flat twin of their own, against that twin; where one of them is the strongest HKT arm
     ([`strongest_hkt`]), that one against the strongest flat arm; variants of flat, and BERT, against flat, and HKT against
-    them; HSA against the same layers on a flat tree; ablations against HKT, or the arm whose setting they take; pretrained
-    arms against the same ones from scratch; and pretrained HKT against pretrained flat. A comparison is listed once one of
-    its arms has a final run: what is missing shows.
+    them; HSA against the same layers on a flat tree, and along a quadtree against along a line; ablations against HKT, or the
+    arm whose setting they take; pretrained arms against the same ones from scratch; and pretrained HKT against pretrained
+    flat. A comparison is listed once one of its arms has a final run: what is missing shows.
     """
     found: list[Comparison] = []
 
@@ -168,6 +168,8 @@ def comparisons(section: Section) -> list[Comparison]:
     for arm in section.arms:
         if arm.kind == "hsa" and arm.name != "hsa-flat":
             compare(arm, section.arm("hsa-flat", arm.positions), is_papers=arm.name == "hsa")
+        if arm.name == "hsa-quadtree":
+            compare(arm, section.arm("hsa-line", arm.positions))
     for arm in ablations:
         compare(arm, section.arm(_own(arm).setting_of or "hkt", arm.positions))
     for arm in section.arms:

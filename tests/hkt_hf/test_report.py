@@ -215,6 +215,18 @@ def test_a_paper_is_quoted_for_its_own_model_alone():
     assert "+7.30" not in summary_table(records)
 
 
+def test_trees_of_pictures_are_compared_with_a_flat_one_and_with_each_other():
+    accuracies = {"hsa-flat": (0.2, 0.21), "hsa-line": (0.25, 0.24), "hsa-quadtree": (0.3, 0.31)}
+    records = [
+        record(arm, accuracy, seed=seed, task="cifar10", position_embedding_type="absolute")
+        for arm, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+    found = {each.label: each.gain for each in comparisons(sections(records)[0]) if each.gain is not None}
+    expected = {"hsa-line - hsa-flat": 4.0, "hsa-quadtree - hsa-flat": 10.0, "hsa-quadtree - hsa-line": 6.0}
+    assert found == pytest.approx({f"{label} (absolute)": mean for label, mean in expected.items()})
+
+
 def test_the_order_of_files_does_not_matter(tmp_path):
     records = [
         *both_arms(),
