@@ -234,19 +234,24 @@ def test_the_figures_on_long_texts_are_the_measured_ones():
     text = " ".join((ROOT / "docs" / "hsa.md").read_text(encoding="utf-8").split())
     result = json.loads((ROOT / "results" / "hsa_zero_shot_imdb.json").read_text(encoding="utf-8"))
     rows = [row for row in result["rows"] if row["length"] == 512]
+    short = [row for row in result["rows"] if row["length"] == 256]
 
-    def found(layers, tree, exact=True, root=True):
-        wanted = layers, tree, exact, root
+    def found(layers, tree, exact=True, root=True, rows=rows, steps=0):
+        wanted = layers, tree, exact, root, steps
         return next(
             row
             for row in rows
-            if (row["layers"], row["tree"], bool(row["exact_tokens"]), bool(row["root_tokens"])) == wanted
+            if (
+                *(row["layers"], row["tree"], bool(row["exact_tokens"]), bool(row["root_tokens"])),
+                row["further_steps"],
+            )
+            == wanted
         )
 
     def loss(*case, **options):
         difference = found(*case, **options)["difference"]
         interval = f"{-difference['high']:.1f} to {-difference['low']:.1f}"
-        return f"{-difference['mean']:.1f} ({interval})"
+        return f"{0.0 - difference['mean']:.1f} ({interval})"
 
     own, best = found([], None, False, False), found([0, 4, 5], 4)
     assert f"IMDB to {100 * own['accuracy']:.1f}% (reviews of at most 512 tokens, {own['mean_length']:.0f} on" in text
@@ -257,7 +262,8 @@ def test_the_figures_on_long_texts_are_the_measured_ones():
     assert f"lose {lost} points (95% interval {interval[1:]}, in layers 0 and 5 {loss([0, 5], 4)}" in text
     last = {count: loss(list(range(6 - count, 6)), 4) for count in (2, 3, 6)}
     windows = loss([*range(6)], [16, None])
-    three = [row["layers"] for row in rows if row["tree"] == 4 and len(row["layers"]) == 3 and row["root_tokens"]]
+    defaults = [row for row in rows if row["exact_tokens"] and row["root_tokens"]]
+    three = [row["layers"] for row in defaults if row["tree"] == 4 and len(row["layers"]) == 3]
     assert three == [[0, 4, 5], [3, 4, 5], [1, 3, 5]]
     other = f"the other choice of three {loss([1, 3, 5], 4).split()[0]}"
     shown = f"in the last two it is {last[2].split()[0]}, in the last three {last[3]}, {other}, in all six {last[6]}, or {windows}"
@@ -271,6 +277,17 @@ def test_the_figures_on_long_texts_are_the_measured_ones():
     assert f"three layers lose {last[3].split()[0]} points instead of {without}" in docstring
     no_row = loss([4, 5], 4, exact=False).split()[0]
     assert f"last two layers lose {no_row} points on IMDB with trees of 4, with it {last[2].split()[0]}" in text
+    before = found([], None, False, False, rows=short)["accuracy"]
+    here = [loss(layers, 4, rows=short) for layers in ([0, 4, 5], [0, 5], [*range(6)])]
+    shown = "{}, {} and {}, or {}".format(*here, loss([*range(6)], [16, None], rows=short))
+    assert f"On these alone ({before:.1%}) the same choices lose {shown} with windows" in text
+    further = {"rows": short, "steps": result["protocol"]["further_steps"]}
+    trained = [loss([*range(6)], tree, **further) for tree in (4, [16, None])]
+    after = found([], None, False, False, **further)["accuracy"]
+    batch = result["config"]["training"]["per_device_train_batch_size"]
+    shown = "all six layers then lose {}, windows of 16 {}".format(trained[0].replace(" (", " points ("), trained[1])
+    assert f"{shown}, against the model's own attention after as many steps ({after:.1%})" in text
+    assert f"{further['steps']} steps of {batch} reviews more" in text
     times = "{:.1f} to {:.1f}".format(*shortest_and_longest(rows))
     assert f"at 512 tokens {1000 * own['seconds']:.1f} and {times}" in text
 
