@@ -6,6 +6,7 @@ measured on the same test examples: accuracy, operations of attention, and secon
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +15,15 @@ from typing import Any
 
 import matplotlib
 import torch
+from datasets import Dataset
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..config import ExperimentConfig
 from ..data import TaskData, load_data
@@ -40,7 +48,7 @@ logger = logging.getLogger(__name__)
 GAP_EXAMPLES = 32
 EXACT_TOKENS = (0,)
 DEFAULTS = (EXACT_TOKENS, DEFAULT_ROOT_TOKENS)
-OF_ALL_ROWS = ("num_test", "batch_size", "budgets")
+OF_ALL_ROWS = ("num_test", "min_tokens", "batch_size", "budgets")
 """Fields of [`Protocol`] that every measurement depends on; the others list what to measure, and may grow."""
 
 
@@ -53,6 +61,7 @@ class Protocol:
         layer_sets (sequence of sequences of `int`): layers to replace, each set with every tree.
         trees (sequence): branchings, as in [`~hkt_hf.hsa.inject.inject`].
         num_test (`int`): test examples, drawn once.
+        min_tokens (`int`): only test examples of at least so many tokens, of the whole test split; 0 for any.
         batch_size (`int`): of evaluation.
         without_exact (sequence of pairs): layers and tree of injections that are also measured without any exact row; all
             others have that of the first token, which the classifier reads.
@@ -71,6 +80,7 @@ class Protocol:
     layer_sets: Sequence[Sequence[int]]
     trees: Sequence[int | Sequence[int | None]]
     num_test: int
+    min_tokens: int = 0
     batch_size: int = 32
     without_exact: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
     without_root: Sequence[tuple[Sequence[int], int | Sequence[int | None]]] = ()
@@ -113,13 +123,14 @@ def zero_shot(
     result: dict[str, Any] = {**header, "rows": [], "gaps": [], "auto": []}
     if path.is_file():
         result = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: result["protocol"].get(name) for name in OF_ALL_ROWS}
+        found = {name: result["protocol"].get(name, getattr(Protocol, name, None)) for name in OF_ALL_ROWS}
         if result["config"] != header["config"] or found != {name: header["protocol"][name] for name in OF_ALL_ROWS}:
             raise ValueError(f"{path} was measured with another configuration, or with {found}: choose another file")
         result.update(header)
     train(config)
     model = AutoModelForSequenceClassification.from_pretrained(config.output_dir).eval()
     tokenizer = build_model_and_tokenizer(config, task)[1]
+    examples = draw_examples(tokenizer, config, task, protocol)
     done = {_key(row) for row in result["rows"]}
 
     def keep(row: dict[str, Any]) -> None:
@@ -161,7 +172,7 @@ def zero_shot(
             continue
         if tree is not None:
             inject(model, tree=tree, layers=chosen, exact_tokens=exact, root_tokens=at_root)
-        keep({**case, **measure(model, tokenizer, task, length, protocol)})
+        keep({**case, **measure(model, tokenizer, examples, length, protocol.batch_size)})
         done.add(_key(case))  # `layers="auto"` may choose what was chosen by hand
         if tree is not None:
             restore(model)
@@ -176,7 +187,7 @@ def zero_shot(
         }
         if protocol.further_steps and _key(case) not in done:
             further = _train_further(config, task, chosen, tree, protocol.further_steps)
-            keep({**case, **measure(further, tokenizer, task, protocol.lengths[0], protocol)})
+            keep({**case, **measure(further, tokenizer, examples, protocol.lengths[0], protocol.batch_size)})
     return result
 
 
@@ -200,8 +211,28 @@ def _measure_gaps(model, tokenizer, task: TaskData, protocol: Protocol, result: 
             ]
 
 
+def draw_examples(
+    tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig, task: TaskData, protocol: Protocol
+) -> Dataset:
+    """The test examples of a protocol, or all where there are fewer; long ones are looked for in the whole test split.
+
+    Raises:
+        ValueError: none is long enough.
+    """
+    whole = load_data(replace(config.data, max_test_samples=None)) if protocol.min_tokens else task
+    split = whole.splits["test"]
+    eligible = torch.arange(len(split))
+    if protocol.min_tokens:
+        texts = encode_texts(tokenizer, split["text"][:], protocol.min_tokens)
+        eligible = eligible[torch.tensor([len(ids) for ids in texts]) >= protocol.min_tokens]
+        if not len(eligible):
+            raise ValueError(f"no test example has `min_tokens` ({protocol.min_tokens}) tokens: choose fewer")
+    drawn = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(0))[: protocol.num_test]
+    return split.select(eligible[drawn].sort().values.tolist())
+
+
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TaskData, length: int, protocol: Protocol
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, length: int, batch_size: int
 ) -> dict[str, Any]:
     """Accuracy, operations of attention by the paper's count, and processor seconds, on the test examples.
 
@@ -210,15 +241,13 @@ def measure(
         means an example over all layers; `saved_in_replaced_layers`, the share of the replaced layers' operations that is
         saved, `None` without any; `seconds`, an example.
     """
-    drawn = torch.randperm(len(task.splits["test"]), generator=torch.Generator().manual_seed(0))[: protocol.num_test]
-    split = task.splits["test"].select(drawn.sort().values.tolist())
-    texts, labels = split["text"][:], torch.tensor(split["label"][:])
+    texts, labels = examples["text"][:], torch.tensor(examples["label"][:])
     lengths = torch.tensor([len(ids) for ids in encode_texts(tokenizer, texts, length)])
     order = lengths.argsort(descending=True)
     wrong, seconds = [], 0.0
     with torch.no_grad():
-        for start in range(0, len(order), protocol.batch_size):
-            index = order[start : start + protocol.batch_size]
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
             batch = _batch(tokenizer, [texts[i] for i in index.tolist()], length)
             began = time.process_time()
             logits = model(**batch).logits
@@ -246,6 +275,29 @@ def measure(
         "saved_in_replaced_layers": 1 - hierarchical / flat if choice else None,
         "seconds": seconds / count,
     }
+
+
+def add_positions(checkpoint: str | Path, target: str | Path, max_positions: int) -> None:
+    """Write a copy of a BERT classifier with a longer table of positions: its own, repeated, as Longformer began (Beltagy et al. 2020).
+
+    Args:
+        checkpoint (`str` or `Path`): folder of the classifier and its tokenizer.
+        target (`str` or `Path`): folder to write; one that exists is kept.
+        max_positions (`int`): tokens that the copy takes.
+    """
+    target = Path(target)
+    if target.is_dir():
+        return
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    embeddings = model.base_model.embeddings
+    table = embeddings.position_embeddings.weight.data
+    repeated = table.repeat(math.ceil(max_positions / len(table)), 1)[:max_positions]
+    embeddings.position_embeddings = nn.Embedding.from_pretrained(repeated, freeze=False)
+    model.config.max_position_embeddings = max_positions
+    partial = target.with_name(f"{target.name}.partial")
+    AutoTokenizer.from_pretrained(checkpoint, model_max_length=max_positions).save_pretrained(partial)
+    model.save_pretrained(partial)
+    partial.rename(target)
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:

@@ -10,13 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from hkt_hf.config import build_experiment
+from hkt_hf.data import load_data
 from hkt_hf.data.images import CIFAR10_NAMES
 from hkt_hf.experiments import two_modalities as modalities
 from hkt_hf.experiments import zero_shot as frontier
 from hkt_hf.tokenization import build_tokenizer
+from hkt_hf.training import train
 
 
 @pytest.fixture
@@ -94,9 +96,38 @@ def test_zero_shot_measures_every_case_once(fine_tuning, tmp_path):
     added = [row["layers"] for row in longer["rows"][len(again["rows"]) :]]
     assert added == [[0]] * 4 and longer["rows"][: -len(added)] == again["rows"]
     assert json.loads(path.read_text())["protocol"]["layer_sets"] == [[1], [0], [0, 1]]
-    for change in (replace(protocol, num_test=8), replace(protocol, budgets=[1.0])):
+    for change in (replace(protocol, num_test=8), replace(protocol, min_tokens=5), replace(protocol, budgets=[1.0])):
         with pytest.raises(ValueError, match="another configuration, or with"):
             frontier.zero_shot(fine_tuning, change, path)
+
+
+def test_only_long_texts_are_measured_where_asked(fine_tuning, tmp_path):
+    protocol = frontier.Protocol(lengths=[32], layer_sets=[[1]], trees=[4], num_test=100, min_tokens=21)
+    fine_tuning.data.max_test_samples = 2  # of training; long texts come from the whole split
+    result = frontier.zero_shot(fine_tuning, protocol, tmp_path / "long.json")
+    texts = load_data(replace(fine_tuning.data, max_test_samples=None)).splits["test"]["text"][:]
+    long = [text for text in texts if len(text) + 1 >= 21]  # bytes and [CLS]
+    assert 2 < len(long) < len(texts)
+    assert all(row["examples"] == len(long) and row["mean_length"] >= 21 for row in result["rows"])
+    with pytest.raises(ValueError, match=r"no test example has `min_tokens` \(33\) tokens"):
+        frontier.zero_shot(fine_tuning, replace(protocol, min_tokens=33), tmp_path / "longer.json")
+
+
+def test_a_classifier_takes_longer_texts_with_its_positions_repeated(fine_tuning, tmp_path):
+    train(fine_tuning)
+    target = tmp_path / "longer"
+    frontier.add_positions(fine_tuning.output_dir, target, 80)
+    own = AutoModelForSequenceClassification.from_pretrained(fine_tuning.output_dir).eval()
+    longer = AutoModelForSequenceClassification.from_pretrained(target).eval()
+    table = longer.bert.embeddings.position_embeddings.weight
+    assert table.shape[0] == 80 == AutoTokenizer.from_pretrained(target).model_max_length
+    assert torch.equal(table[:32], table[32:64]) and torch.equal(table[:16], table[64:])
+    short = torch.arange(1, 33)[None]
+    assert torch.equal(longer(input_ids=short).logits, own(input_ids=short).logits)
+    assert longer(input_ids=short.repeat(1, 2)).logits.shape == (1, 2)
+    table = (target / "model.safetensors").stat().st_mtime_ns
+    frontier.add_positions(fine_tuning.output_dir, target, 80)  # what is there is kept
+    assert (target / "model.safetensors").stat().st_mtime_ns == table
 
 
 def test_questions_name_the_class_of_the_picture_and_another():
