@@ -861,6 +861,26 @@ def test_the_figures_on_hsa_are_those_of_the_records():
     assert f"the paper reports {paper.gain:+.2f}, with a flat arm of {paper.flat:.2f}%" in texts[0]
     ratio = flat.tokens_per_second / hsa.tokens_per_second
     assert f"takes {ratio:.1f} times as long" in texts[0]
+    pixels = {
+        name: [100 * arms["cifar10", f"{name} (absolute)"].finished[seed]["test_accuracy"] for seed in (0, 1, 2)]
+        for name in ("hsa-flat", "hsa-line", "hsa-quadtree")
+    }
+    flat, line, quadtree = (f"{statistics.mean(accuracies):.2f}%" for accuracies in pixels.values())
+    line_gain, quadtree_gain, between = (
+        f"{found['mean']:+.2f}{{}}, {found['low']:+.2f} to {found['high']:+.2f}"
+        for found in (
+            paired_difference(pixels[one], pixels[other])
+            for one, other in (
+                *(("hsa-line", "hsa-flat"), ("hsa-quadtree", "hsa-flat")),
+                ("hsa-quadtree", "hsa-line"),
+            )
+        )
+    )
+    assert f"have {flat} on a flat tree, {line} in groups of 4" in texts[0]
+    assert f"of pixels ({line_gain.format(' points')}) and {quadtree} along a quadtree" in texts[0]
+    assert f"({quadtree_gain.format('')}; over the line {between.format('')}): no tree" in texts[0]
+    assert f"line of pixels ({line_gain.format('')}) nor a quadtree ({quadtree_gain.format('')})" in texts[1]
+    assert f"ahead of the flat tree ({flat}, three seeds)" in texts[1]
 
 
 def test_the_figures_on_pretraining_are_those_of_the_records():
