@@ -39,6 +39,8 @@ def main() -> None:
         "--output", type=Path, default=Path(__file__).resolve().parent.parent / "results/hsa_injection.json"
     )
     arguments = parser.parse_args()
+    if arguments.repeats < 2:
+        parser.error(f"--repeats must be at least 2, got {arguments.repeats}")
     torch.set_num_threads(1)
     config = BertConfig(**SIZES, max_position_embeddings=max(arguments.lengths))
     own = BertModel(config).eval()

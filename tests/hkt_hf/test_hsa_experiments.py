@@ -254,3 +254,23 @@ def test_the_script_of_speed_measures_and_goes_on(tmp_path, monkeypatch, capsys)
     assert "flat" not in last and all(entry["peak_bytes"] > 0 for entry in last.values())
     assert capsys.readouterr().out.count("64 forward ") == 4  # measured once
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_script_of_injected_encoders_measures_every_choice(tmp_path, monkeypatch):
+    script = modalities.Path(frontier.__file__).parents[2] / "scripts" / "benchmark_injection.py"
+    output = tmp_path / "injection.json"
+    monkeypatch.setattr(sys, "argv", [str(script), "--lengths", "20", "33", "--repeats", "2", "--output", str(output)])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # it would hold for later tests, too
+    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 16}
+    names = runpy.run_path(str(script))
+    names["SIZES"].update(sizes)
+    names["main"]()
+    result = json.loads(output.read_text())
+    assert [row["length"] for row in result["rows"]] == [20, 33]
+    for row in result["rows"]:
+        own = row["own_attention"]["seconds"]["median"]
+        assert len(row) == 2 + 5 and row["own_attention"]["paired_ratio"] == 1.0
+        assert row["all_layers_groups_of_4"]["ratio"] == row["all_layers_groups_of_4"]["seconds"]["median"] / own
+    monkeypatch.setattr(sys, "argv", [str(script), "--repeats", "1"])
+    with pytest.raises(SystemExit):
+        names["main"]()
