@@ -798,14 +798,21 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
         gain(norms, post_norm, "cifar10"),
     )
     best = statistics.mean(accuracies(norms, "cifar10").values())
-    assert (
-        f"`hkt-post-norm` has {best:.2f}%, the most of all arms without pretraining, {more[1:]} points more than"
-        in text
-    )
+    assert f"`hkt-post-norm` has {best:.2f}%, {more[1:]} points more than" in text
     assert f"({wide}). Over flat attention with the same norms that is {left} ({interval}, {p_value}), ahead" in text
     rest = accuracies(post_norm, "cifar10")
     assert sum(run > rest[seed] for seed, run in accuracies(norms, "cifar10").items()) == 4
-    assert "ahead with four seeds of five" in text
+    assert f"({interval}, {p_value}), ahead with four seeds of five" in text
+    both = "hkt-post-norm-kernel-4 (absolute)"
+    best = statistics.mean(accuracies(both, "cifar10").values())
+    assert f"With four taps, too, it has {best:.2f}%, the most of all arms without pretraining" in text
+    scratch = [
+        arm for (task, label), arm in arms_of(RESULTS).items() if task == "cifar10" and "pretrained" not in label
+    ]
+    assert best == max(100 * arm.mean("test_accuracy") for arm in scratch if len(arm.finished) > 1)
+    assert "pretraining: {} over two taps ({}, {})".format(*gain(both, norms, "cifar10")) in text
+    assert "and {} over flat attention with the same norms ({}, {})".format(*gain(both, post_norm, "cifar10")) in text
+    assert all(run > rest[seed] for seed, run in accuracies(both, "cifar10").items())
     assert f"Without any attention {means[none]:.2f}% are right" in text
     over_none, interval, _ = gain("flat (absolute)", none, "cifar10")
     assert f"adds {over_none[1:]} points ({interval}), HKT's" in text
