@@ -55,9 +55,7 @@ PROTOCOLS = {
         num_test=1000,
         min_tokens=OWN_POSITIONS + 1,
     ),
-    CHOSEN: Protocol(
-        lengths=[OWN_POSITIONS], layer_sets=[[0, 5], [0, 4, 5]], trees=[4], num_test=6_000, min_tokens=1
-    ),
+    CHOSEN: Protocol(lengths=[OWN_POSITIONS], layer_sets=[[0, 5], [0, 4, 5]], trees=[4], num_test=6_000, min_tokens=1),
 }
 
 

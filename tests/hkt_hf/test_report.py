@@ -836,6 +836,8 @@ def test_the_evidence_for_defaults_is_that_of_the_records():
     )
     assert f"{two:.1f}, {three:.1f} and {four:.1f}% with two, three and four, means of three seeds" in text
     assert max(two, three, four) == four and HKTConfig().downsample_kernel_size == 4
+    post, pre = (arms["cifar10", f"{name} (absolute)"].mean("test_accuracy") for name in ("hkt-post-norm", "hkt"))
+    assert f'`"post"` is better on CIFAR-10, {post:.1%} against {100 * pre:.1f}%, means of five seeds' in text
     pixels = [arms["cifar10", f"{name} (RoPE)"].mean("test_accuracy") for name in ("hkt", "hkt-kernel-4")]
     assert f"{100 * pixels[0]:.1f} and {pixels[1]:.1%} with two and four, of five" in text
     assert f"one for all has {shared:.1f}%, one pair a level {two:.1f}% (three seeds, a difference within the" in text
