@@ -330,6 +330,32 @@ def test_the_figures_on_long_texts_are_the_measured_ones():
     assert f"at 512 tokens {1000 * own['seconds']:.1f} and {times}" in text
 
 
+def test_the_figures_on_texts_beyond_512_tokens_are_the_measured_ones():
+    text = " ".join((ROOT / "docs" / "hsa.md").read_text(encoding="utf-8").split())
+    result = json.loads((ROOT / "results" / "hsa_zero_shot_imdb-long.json").read_text(encoding="utf-8"))
+    assert len(result["rows"]) == 1 + 2 * 3
+    rows = {(tuple(row["layers"]), str(row["tree"])): row for row in result["rows"]}
+    windows = str([16, None])
+
+    def change(layers, tree, sign=1):
+        found = rows[layers, tree]["difference"]
+        low, high = sorted((sign * found["low"], sign * found["high"]))
+        return f"{sign * found['mean']:+.1f}", f"{low:.1f} to {high:.1f}"
+
+    own, best = rows[(), "None"], rows[(0, 4, 5), "4"]
+    shown = f"{own['examples'] // 1000},000 test reviews that have more than {result['protocol']['min_tokens'] - 1}"
+    assert f"{shown} ({own['mean_length']:.0f} on average, own attention {own['accuracy']:.1%}" in text
+    (gain, interval), (other, other_interval) = change((0, 4, 5), "4"), change((0, 5), "4")
+    shown = f"save {best['saved_in_replaced_layers']:.2%} of the operations there and lose nothing ({gain} points, {interval})"
+    assert f"{shown}, nor do layers 0 and 5 ({other}, {other_interval}) or windows of 16" in text
+    assert f"windows of 16 ({change((0, 4, 5), windows)[0]} and {change((0, 5), windows)[0]})" in text
+    (loss, interval), (other, other_interval) = (change((*range(6),), tree, -1) for tree in ("4", windows))
+    assert f"trees of 4 lose {loss[1:]} ({interval}), windows {other[1:]} ({other_interval})" in text
+    least = min(gap for each in result["gaps"] for gap in each["by_layer"])
+    assert f"they are {least:.2f} or more in each layer" in text
+    assert f"{result['config']['training']['max_steps']} steps more" in text
+
+
 def test_the_figures_on_theory_are_the_measured_ones():
     text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
     reports = [
