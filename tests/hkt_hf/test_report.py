@@ -813,6 +813,12 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     assert "pretraining: {} over two taps ({}, {})".format(*gain(both, norms, "cifar10")) in text
     assert "and {} over flat attention with the same norms ({}, {})".format(*gain(both, post_norm, "cifar10")) in text
     assert all(run > rest[seed] for seed, run in accuracies(both, "cifar10").items())
+    rotary = "flat-post-norm (RoPE)"
+    rest = accuracies(rotary, "cifar10")
+    added, interval, _ = gain(rotary, post_norm, "cifar10")
+    assert f"with these norms ({statistics.mean(rest.values()):.2f}%, {added}, {interval})" in text
+    assert "ahead of that arm, too: {} ({}, {}), with every seed".format(*gain(both, rotary, "cifar10")) in text
+    assert all(run > rest[seed] for seed, run in accuracies(both, "cifar10").items())
     assert f"Without any attention {means[none]:.2f}% are right" in text
     over_none, interval, _ = gain("flat (absolute)", none, "cifar10")
     assert f"adds {over_none[1:]} points ({interval}), HKT's" in text
