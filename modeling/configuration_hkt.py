@@ -72,8 +72,8 @@ class HKTConfig(PreTrainedConfig):
             Number of token types, the rows of the table that `token_type_ids` look up; 0 = no such table.
         pooling (`str`, *optional*, defaults to `"mean"`):
             What a sequence classifier reads: `"mean"` over the real tokens, `"cls"` (the first token) or `"last"`
-            (the last real token). On ListOps the mean has 47.6% and the first token 47.7% (three seeds, a difference within
-            the noise).
+            (the last real token). On ListOps the mean has 47.6%, the first token 47.7% and the last one 47.1% (three seeds,
+            differences within the noise).
         hidden_dropout (`float`, *optional*, defaults to 0.1):
             Dropout of embeddings, attention output and feed-forward output.
         attention_dropout (`float`, *optional*, defaults to 0.0):

@@ -757,6 +757,7 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
         ("shared-projections", "(one pair for all: "),
         ("untrained-mean", "(fixed to the mean: "),
         ("pool-cls", "first token in place of the mean ("),
+        ("pool-last", "the last one ("),
         ("convolution", "convolution on level 0 ("),
     ):
         difference, interval, _ = gain(f"hkt-{name} (RoPE)", two_taps)
@@ -848,8 +849,9 @@ def test_the_evidence_for_defaults_is_that_of_the_records():
     pixels = [arms["cifar10", f"{name} (RoPE)"].mean("test_accuracy") for name in ("hkt", "hkt-kernel-4")]
     assert f"{100 * pixels[0]:.1f} and {pixels[1]:.1%} with two and four, of five" in text
     assert f"one for all has {shared:.1f}%, one pair a level {two:.1f}% (three seeds, a difference within the" in text
-    first = arms["listops", "hkt-pool-cls (RoPE)"].mean("test_accuracy")
-    assert f"the mean has {two:.1f}% and the first token {first:.1%} (three seeds, a difference within the" in text
+    first, last = (arms["listops", f"hkt-pool-{name} (RoPE)"].mean("test_accuracy") for name in ("cls", "last"))
+    shown = f"the mean has {two:.1f}%, the first token {first:.1%} and the last one {last:.1%} (three seeds, differences within"
+    assert shown in text
     rope, absolute, rope_pixels, absolute_pixels = (
         f"{arms[task, f'hkt ({positions})'].mean('test_accuracy'):.1%}"
         for task in ("listops", "cifar10")
