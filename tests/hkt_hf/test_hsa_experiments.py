@@ -125,9 +125,9 @@ def test_a_classifier_takes_longer_texts_with_its_positions_repeated(fine_tuning
     short = torch.arange(1, 33)[None]
     assert torch.equal(longer(input_ids=short).logits, own(input_ids=short).logits)
     assert longer(input_ids=short.repeat(1, 2)).logits.shape == (1, 2)
-    table = (target / "model.safetensors").stat().st_mtime_ns
+    written = (target / "model.safetensors").stat().st_mtime_ns
     frontier.add_positions(fine_tuning.output_dir, target, 80)  # what is there is kept
-    assert (target / "model.safetensors").stat().st_mtime_ns == table
+    assert (target / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_questions_name_the_class_of_the_picture_and_another():
