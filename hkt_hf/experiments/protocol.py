@@ -119,6 +119,8 @@ class Protocol:
         pretraining ([`Pretraining`]): for the arms that are pretrained.
         experiment (mapping): nested values of an [`~hkt_hf.config.ExperimentConfig`] that all runs share.
         arm_seeds (mapping, *optional*): seeds of single arms, where they differ.
+        max_run_hours (`float`, *optional*): an arm is not available where its first steps tell that a full run would take
+            longer; `None` for no limit.
     """
 
     task: str
@@ -129,6 +131,7 @@ class Protocol:
     pretraining: Pretraining
     experiment: Mapping[str, Any]
     arm_seeds: Mapping[str, Sequence[int]]
+    max_run_hours: float | None = None
 
     def __post_init__(self):
         for arm in [*self.arms, *self.arm_seeds]:
@@ -141,6 +144,9 @@ class Protocol:
                 raise ValueError(f"`seeds` must be different ones, at least one, got {list(seeds)}")
             if self.search.seed in seeds:
                 raise ValueError(f"`search.seed` ({self.search.seed}) must not be one of `seeds` {list(seeds)}")
+        hours = self.max_run_hours
+        if hours is not None and (isinstance(hours, bool) or not isinstance(hours, int | float) or not hours > 0):
+            raise ValueError(f"`max_run_hours` must be a number greater than 0, or null, got {hours!r}")
         self.search.settings()  # refuses values out of range
         finalists, rates = self.search.finalists, len(set(self.search.learning_rate))
         if isinstance(finalists, bool) or not isinstance(finalists, int) or not 0 <= finalists <= rates:
@@ -151,6 +157,16 @@ class Protocol:
     def seeds_of(self, arm: str) -> Sequence[int]:
         """Seeds of an arm's final runs."""
         return self.arm_seeds.get(arm, self.seeds)
+
+    def max_hours_of(self, stage: str) -> float | None:
+        """The limit of a run of a stage: short runs of the search have as much less as they are shorter, pretraining none."""
+        if self.max_run_hours is None or stage == "pretraining":
+            return None
+        if stage != "search":
+            return self.max_run_hours
+        full, short = (self.experiment["training"], {**self.experiment["training"], **self.search.training})
+        unit = next((unit for unit in ("max_steps", "num_train_epochs") if full.get(unit, 0) > 0), None)
+        return self.max_run_hours * (short[unit] / full[unit] if unit and short[unit] > 0 else 1)
 
     def base_config(self) -> ExperimentConfig:
         """The experiment that all runs share, checked."""
@@ -185,7 +201,7 @@ def load_protocol(
     changes = parse_overrides(overrides)
     _check_not_of_arms(changes)
     values = merge(read_with_bases(f"reproduce/{task}-{name}"), changes)
-    own = ("arms", "seeds", "arm_seeds", "search", "pretraining")
+    own = ("arms", "seeds", "arm_seeds", "search", "pretraining", "max_run_hours")
     check_keys(values, [*own, *(f.name for f in fields(ExperimentConfig) if f.name not in ("seed", "output_dir"))])
     protocol = Protocol(
         task=task,
@@ -196,6 +212,7 @@ def load_protocol(
         pretraining=_build(Pretraining, values["pretraining"], "pretraining."),
         experiment={key: value for key, value in values.items() if key not in own},
         arm_seeds=values.get("arm_seeds", {}) if seeds is None else {},
+        max_run_hours=values.get("max_run_hours"),
     )
     protocol.base_config()
     return protocol

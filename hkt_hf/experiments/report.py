@@ -313,7 +313,22 @@ def _cost_table(section: Section) -> list[str]:
         "beside a run slows both. The memory is the largest of the seeds.",
         "",
         *table(header, rows),
+        *_other_machines(section, arms),
     ]
+
+
+def _other_machines(section: Section, arms: Sequence[ArmRuns]) -> list[str]:
+    """Which arms ran elsewhere than most, where there are several machines: their speed does not compare with the rest."""
+    lines = []
+    for machine in section.distinct("machine")[1:]:
+        there = [
+            arm.label for arm in arms if any(record.get("machine") == machine for record in arm.finished.values())
+        ]
+        if there:
+            lines.append(
+                f"- On another machine ({escape(machine)}), so that speeds do not compare: {', '.join(there)}."
+            )
+    return ["", *lines] if lines else []
 
 
 def gain_table(section: Section) -> list[str]:

@@ -19,7 +19,7 @@ from ..objectives import MaskedLM
 from ..training import new_tokenizer
 from .arms import model_fields, parse_arm, setting_source
 from .protocol import Protocol, Setting
-from .records import FAILED, FINISHED, SEARCH_STAGES, best_record, finalists
+from .records import FAILED, FINISHED, NOT_AVAILABLE, SEARCH_STAGES, best_record, finalists
 from .run import RunSpecification, data_fingerprint, record_run, write_specification
 
 
@@ -173,11 +173,19 @@ class Sweep:
         return [record for record in records if record is not None]
 
     def give_up(self, run: Run) -> str | None:
-        """Record a run that can't be done because what would give its setting did not finish, with the reason of that.
+        """Record a run that can't be done, with the reason.
+
+        Either what would give its setting did not finish, or another run of its search found the arm not available.
 
         Returns:
             `str` or `None`: its status, that of the search; `None` where there is a setting to run with.
         """
+        if run.stage == "search":
+            found = [record for record in self._searched(run.arm, "search") if record["status"] == NOT_AVAILABLE]
+            if not found:
+                return None
+            record_run(self.specification(run), {"status": NOT_AVAILABLE, "reason": found[0]["reason"]})
+            return NOT_AVAILABLE
         if self.setting(run) is not None:
             return None
         searched = [record for stage in SEARCH_STAGES for record in self._searched(run.arm, stage)]
@@ -207,6 +215,7 @@ class Sweep:
             pretraining=str(self.record_path(pretraining[0])) if pretraining else None,
             threads=self.threads,
             command=self.command,
+            max_hours=self.protocol.max_hours_of(run.stage),
         )
 
     def _config(self, run: Run, setting: Setting | None) -> dict[str, Any]:
@@ -313,7 +322,7 @@ def reproduce(sweep: Sweep, jobs: int = 1) -> dict[str, list[Run]]:
         try:
             while waiting or processes:
                 for run in _ready(waiting, outcome, sweep):
-                    if run.stage in ("finalist", "final") and (status := sweep.give_up(run)) is not None:
+                    if run.stage != "pretraining" and (status := sweep.give_up(run)) is not None:
                         waiting.remove(run)
                         outcome[FAILED if status == FAILED else FINISHED].append(run)
                         progress.update()

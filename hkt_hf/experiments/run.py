@@ -29,6 +29,8 @@ from .arms import ROPE_SUFFIX, arm_padding, build_arm, count_flops, parse_arm
 from .records import FAILED, FINISHED, NOT_AVAILABLE, SEARCH_STAGES
 
 
+FIRST_STEPS = 5
+"""Of a run: they tell how long it will take."""
 CURVE_KEYS = ("step", "loss", "accuracy", "masked_accuracy", "seconds", "level_weights")
 
 
@@ -49,6 +51,8 @@ class RunSpecification:
         pretraining (`str`, *optional*): record of the pretraining that the run begins from.
         threads (`int`): threads of PyTorch.
         command (`str`): the command that asked for it.
+        max_hours (`float`, *optional*): of its training steps; where the first ones tell that it would take longer, the arm
+            is not available.
     """
 
     task: str
@@ -63,14 +67,21 @@ class RunSpecification:
     pretraining: str | None
     threads: int
     command: str
+    max_hours: float | None = None
 
 
 class RecordCallback(TrainerCallback):
-    """Adds to each logged evaluation the level weights of an HKT model, and the seconds spent in training steps."""
+    """Adds to each logged evaluation the level weights of an HKT model, and the seconds spent in training steps.
 
-    def __init__(self):
+    Args:
+        max_hours (`float`, *optional*): the most that all steps may take, at the speed of the first ones.
+    """
+
+    def __init__(self, max_hours: float | None = None):
+        self.max_hours = max_hours
         self.step_seconds = 0.0
         self.started = 0.0
+        self.first_steps: list[float] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Called by the Trainer; a resumed run goes on with the seconds in its log."""
@@ -81,8 +92,22 @@ class RecordCallback(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Called by the Trainer after each step."""
-        self.step_seconds += time.perf_counter() - self.started
+        """Called by the Trainer after each step.
+
+        Raises:
+            NotAvailableError: the run would take longer than `max_hours`.
+        """
+        seconds = time.perf_counter() - self.started
+        self.step_seconds += seconds
+        if self.max_hours is not None and len(self.first_steps) < FIRST_STEPS:
+            self.first_steps.append(seconds)
+            # The fastest of them: what is set up once, or ran beside it, is not the model's.
+            hours = min(self.first_steps) * state.max_steps / 3600
+            if len(self.first_steps) == FIRST_STEPS and hours > self.max_hours:
+                raise NotAvailableError(
+                    f"too slow on this machine: at {min(self.first_steps):.1f} s a step its {state.max_steps:,} steps would take "
+                    f"{hours:.2g} hours, more than the {self.max_hours:.2g} that `max_run_hours` allows"
+                )
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         """Called by the Trainer when the evaluation is in the log."""
@@ -196,7 +221,7 @@ def _measure(specification: RunSpecification) -> dict[str, Any]:
             sizes["data_fingerprint"] = data_fingerprint(task, tokenizer)
         return model, tokenizer
 
-    clock = RecordCallback()
+    clock = RecordCallback(specification.max_hours)
     report = train(
         config,
         build=build,

@@ -74,7 +74,7 @@ class Protocol:
             with its own attention is fine-tuned as much, to compare them with.
 
     Raises:
-        ValueError: a number below 1, or nothing to measure.
+        ValueError: a number out of range, or nothing to measure.
     """
 
     lengths: Sequence[int]
@@ -93,6 +93,8 @@ class Protocol:
         for name in ("num_test", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.min_tokens < 0:
+            raise ValueError(f"`min_tokens` must be at least 0, got {self.min_tokens}")
         if not self.lengths or not self.layer_sets or not self.trees:
             raise ValueError("`lengths`, `layer_sets` and `trees` must each have at least one entry")
 

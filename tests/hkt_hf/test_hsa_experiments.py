@@ -109,6 +109,8 @@ def test_only_long_texts_are_measured_where_asked(fine_tuning, tmp_path):
     long = [text for text in texts if len(text) + 1 >= 21]  # bytes and [CLS]
     assert 2 < len(long) < len(texts)
     assert all(row["examples"] == len(long) and row["mean_length"] >= 21 for row in result["rows"])
+    with pytest.raises(ValueError, match="`min_tokens` must be at least 0, got -1"):
+        replace(protocol, min_tokens=-1)
     with pytest.raises(ValueError, match=r"no test example has `min_tokens` \(33\) tokens"):
         frontier.zero_shot(fine_tuning, replace(protocol, min_tokens=33), tmp_path / "longer.json")
 

@@ -184,6 +184,10 @@ def test_every_seed_and_cost_is_shown():
         "1.5 GiB",
         "lr 0.001, dropout 0.1, decay 0.01",
     ]
+    assert "On another machine" not in text
+    elsewhere = markdown([*both_arms(), record("fnet", 0.4, machine="a third core")])
+    (line,) = [line for line in part(elsewhere, "### Cost").splitlines() if line.startswith("- On another machine")]
+    assert "(a third core)" in line and line.endswith(": fnet (RoPE).")
     # The whole worth of a test split: 2,000 coin flips.
     assert "2,000 examples; the standard error of one accuracy from them is at most 1.12 pp" in text
 

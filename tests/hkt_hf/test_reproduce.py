@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -158,6 +159,7 @@ def test_hsa_is_reproduced_and_reported(tmp_path):
         (["--search.seed", "-3"], "integers of at least 0, got -3"),
         (["--search.finalists", "9"], "`search.finalists` must be an integer from 0 to"),
         (["--search.hidden_dropout", "[1.5]"], "hidden_dropout"),
+        (["--max_run_hours", "0"], "`max_run_hours` must be a number greater than 0, or null, got 0"),
         (["--training.max_stepss", "3"], "max_steps"),
         (["--objective", "masked_lm"], "`objective` can't be changed"),
         (["--model.num_levels", "1"], "`model.num_levels` can't be changed: the arms and their search .*, got 1"),
@@ -707,6 +709,39 @@ def test_what_fails_or_is_missing_is_written_out(tmp_path, monkeypatch):
         assert (final[arm]["status"], final[arm]["reason"]) == (statuses[arm], "in its search: no luck")
     assert sweep.is_finished(Run("h-transformer-1d", "final", 0))
     assert not sweep.is_finished(Run("nystromformer", "final", 0))
+
+
+def test_what_would_take_too_long_is_not_begun(tmp_path, monkeypatch):
+    """An arm whose first steps are too slow: the first run of its search tells, and no other is started."""
+    sweep = tiny_sweep(tmp_path, ("flat",), (0,), "--max_run_hours", "1e-9", "--search.training", "{max_steps: 5}")
+    started = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, run):
+            started.append(execute(sweep.specification(run)))
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr("hkt_hf.experiments.reproduce._start", lambda sweep, run: Process(run))
+    outcome = reproduce(sweep)
+    assert not outcome["failed"] and [record["stage"] for record in started] == ["search"]
+    assert [run.stage for run in outcome["finished"]] == ["search", "search", "final"]
+    assert all(sweep.record(run)["status"] == "not_available" for run in outcome["finished"])
+    final = sweep.record(Run("flat", "final", 0))
+    assert re.match(r"in its search: .*a step its 5 steps would take .* `max_run_hours` allows", final["reason"])
+    assert "NA (in its search: " in markdown(read_records(tmp_path / "results"))
+
+
+def test_the_limit_of_a_run_follows_its_length():
+    steps = tiny_protocol(("flat",), (0,), "--max_run_hours", "3")
+    assert [steps.max_hours_of(stage) for stage in ("search", "finalist", "final")] == [1.0, 3, 3]
+    assert steps.max_hours_of("pretraining") is None
+    epochs = load_protocol("listops", "paper", ["--max_run_hours", "10"])
+    assert epochs.max_hours_of("search") == 1.0 and epochs.max_hours_of("final") == 10
+    assert load_protocol("listops", "paper").max_hours_of("search") is None
 
 
 def test_records_of_other_settings_are_refused(finished, capsys):
