@@ -762,6 +762,7 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
         ("untrained-mean", "(fixed to the mean: "),
         ("pool-cls", "first token in place of the mean ("),
         ("pool-last", "the last one ("),
+        ("dense", "dense downsampling ("),
         ("convolution", "convolution on level 0 ("),
     ):
         difference, interval, _ = gain(f"hkt-{name} (RoPE)", two_taps)
@@ -856,6 +857,8 @@ def test_the_evidence_for_defaults_is_that_of_the_records():
     first, last = (arms["listops", f"hkt-pool-{name} (RoPE)"].mean("test_accuracy") for name in ("cls", "last"))
     shown = f"the mean has {two:.1f}%, the first token {first:.1%} and the last one {last:.1%} (three seeds, differences within"
     assert shown in text
+    dense = arms["listops", "hkt-dense (RoPE)"].mean("test_accuracy")
+    assert f"with two taps, the first has {two:.1f}%, the second {dense:.1%} (three seeds, a difference within" in text
     rope, absolute, rope_pixels, absolute_pixels = (
         f"{arms[task, f'hkt ({positions})'].mean('test_accuracy'):.1%}"
         for task in ("listops", "cifar10")
