@@ -831,6 +831,35 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     assert f"adds {over_none[1:]} points ({interval}), HKT's" in text
     over_none, interval, _ = gain("hkt (absolute)", none, "cifar10")
     assert f"HKT's {over_none[1:]} ({interval})" in text
+    flat, levels = (gain(f"{name} (absolute)", none) for name in ("flat", "hkt"))
+    shown = f"without any, {statistics.mean(accuracies(none).values()):.2f}% are right, and flat attention adds {flat[0][1:]}"
+    assert f"{shown} points to that ({flat[1]}), HKT {levels[0][1:]} ({levels[1]})" in text
+    flat, levels = (gain(f"{name} (absolute)", none, "imdb") for name in ("flat", "hkt"))
+    assert (
+        f"is worth {flat[0][1:]} points to flat attention ({flat[1]}) and {levels[0][1:]} to HKT ({levels[1]})" in text
+    )
+    assert f"without any attention {statistics.mean(accuracies(none, 'imdb').values()):.2f}% are right" in text
+
+
+def test_the_figures_on_peers_are_those_of_the_records():
+    """What docs/experiments.md says of other architectures on CIFAR-10."""
+    text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
+    text = text.partition("Other architectures on CIFAR-10")[2]
+    arms = {label: arm for (task, label), arm in arms_of(RESULTS).items() if task == "cifar10"}
+    fnet, big_bird, nystromformer, bert = (
+        f"{arms[name].mean('test_accuracy'):.2%}" for name in ("fnet", "big_bird", "nystromformer", "bert")
+    )
+    assert (
+        f"FNet has {fnet}, BigBird, whose attention is full at this length, {big_bird}, Nyströmformer {nystromformer}, "
+        in text
+    )
+    assert f"BERT {bert} (five seeds)" in text and len(arms["bert"].finished) == 5
+    assert all(len(arms[name].finished) == 1 for name in ("fnet", "big_bird", "nystromformer"))
+    best = max(arms[name].mean("test_accuracy") for name in ("fnet", "big_bird", "nystromformer", "bert"))
+    assert best + 0.015 < arms["flat-post-norm (absolute)"].mean("test_accuracy")
+    (mamba,) = arms["mamba"].final.values()
+    assert mamba["status"] == "not_available" and "at 5.4 s a step" in mamba["reason"]
+    assert load_protocol("cifar10", "cpu").max_run_hours == 1 and 3600 / 1200 == 3
 
 
 def test_the_evidence_for_defaults_is_that_of_the_records():
