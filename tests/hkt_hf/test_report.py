@@ -812,7 +812,7 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
     assert f"({interval}, {p_value}), ahead with four seeds of five" in text
     both = "hkt-post-norm-kernel-4 (absolute)"
     best = statistics.mean(accuracies(both, "cifar10").values())
-    assert f"With four taps, too, it has {best:.2f}%, the most of all arms without pretraining" in text
+    assert f"With four taps, too, it has {best:.2f}%, the most of our arms without pretraining" in text
     scratch = [
         arm for (task, label), arm in arms_of(RESULTS).items() if task == "cifar10" and "pretrained" not in label
     ]
@@ -847,19 +847,20 @@ def test_the_figures_on_peers_are_those_of_the_records():
     text = text.partition("Other architectures on CIFAR-10")[2]
     arms = {label: arm for (task, label), arm in arms_of(RESULTS).items() if task == "cifar10"}
     fnet, big_bird, nystromformer, bert = (
-        f"{arms[name].mean('test_accuracy'):.2%}" for name in ("fnet", "big_bird", "nystromformer", "bert")
+        arms[name].mean("test_accuracy") for name in ("fnet", "big_bird", "nystromformer", "bert")
     )
-    assert (
-        f"FNet has {fnet}, BigBird, whose attention is full at this length, {big_bird}, Nyströmformer {nystromformer}, "
-        in text
-    )
-    assert f"BERT {bert} (five seeds)" in text and len(arms["bert"].finished) == 5
-    assert all(len(arms[name].finished) == 1 for name in ("fnet", "big_bird", "nystromformer"))
-    best = max(arms[name].mean("test_accuracy") for name in ("fnet", "big_bird", "nystromformer", "bert"))
-    assert best + 0.015 < arms["flat-post-norm (absolute)"].mean("test_accuracy")
+    shown = f"FNet has {fnet:.2%}, BigBird, whose attention is full at this length, {big_bird:.2%}, BERT {bert:.2%} (five seeds)"
+    assert f"{shown}, and Nyströmformer {nystromformer:.2%}. " in text
+    assert [len(arms[name].finished) for name in ("fnet", "big_bird", "nystromformer", "bert")] == [1, 1, 1, 5]
+    hkt = arms["hkt-post-norm-kernel-4 (absolute)"]
+    first, *others = (hkt.finished[seed]["test_accuracy"] for seed in range(5))
+    best, mean = max(first, *others), hkt.mean("test_accuracy")
+    assert f"({mean:.2%}) and with that seed ({first:.2%}), if less than its best seed ({best:.2%})" in text
+    assert best > nystromformer > max(first, mean) and min(first, *others) > max(fnet, big_bird, bert)
     (mamba,) = arms["mamba"].final.values()
     assert mamba["status"] == "not_available" and "at 5.4 s a step" in mamba["reason"]
-    assert load_protocol("cifar10", "cpu").max_run_hours == 1 and 3600 / 1200 == 3
+    protocol = load_protocol("cifar10", "cpu")
+    assert protocol.max_run_hours * 3600 / protocol.experiment["training"]["max_steps"] == 3
 
 
 def test_the_evidence_for_defaults_is_that_of_the_records():
