@@ -24,6 +24,7 @@ from .peers import build_peer, peer_names, peer_padding
 
 
 CONVOLUTION_KERNEL_SIZE = 4
+VALUE_CONVOLUTION_TAPS = 65  # as Nyströmformer of transformers has
 ROPE_SUFFIX = "-rope"
 
 
@@ -99,6 +100,53 @@ def add_short_convolution(model: nn.Module) -> None:
             projections[0] = ConvolvedLinear(projections[0], CONVOLUTION_KERNEL_SIZE)
 
 
+class ConvolvedValues(nn.Module):
+    """Attention, to whose heads a depthwise convolution of their values is added before the output projection.
+
+    `(B, T, d)` to `(B, T, d)`; position `t` sees `t - taps // 2 .. t + taps // 2`. As Nyströmformer has it (arXiv
+    2102.03902, section 3.2): one kernel a head, no bias. It begins with zeros, so that the model begins as without it.
+
+    Args:
+        attention ([`HKTAttention`]): the attention.
+        taps (`int`): of the convolution, an odd number.
+
+    Raises:
+        ValueError: in `forward`, for packed sequences and for padding on the left.
+    """
+
+    def __init__(self, attention: HKTAttention, taps: int):
+        super().__init__()
+        self.attention = attention
+        heads = attention.num_heads
+        self.convolution = nn.Conv2d(heads, heads, (taps, 1), padding=(taps // 2, 0), groups=heads, bias=False)
+        nn.init.zeros_(self.convolution.weight)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, ...]:
+        """What the attention returns, its output with the convolution; values are projected a second time."""
+        if kwargs.get("layout") is not None:
+            raise ValueError("`attention_mask` must have its padding on the right, and no packed sequences")
+        output, *others = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        attention = self.attention
+        values = attention.v_proj(hidden_states)
+        if attention_mask is not None:  # of the last query, which sees every real token: bool, or 0 where it attends
+            row = attention_mask[:, 0, -1, :, None]
+            values = values * (row if row.dtype == torch.bool else row == 0)
+        values = values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        mixed = self.convolution(values).transpose(1, 2).flatten(2)
+        return output + F.linear(mixed, attention.o_proj.weight), *others
+
+
+def add_value_convolution(model: nn.Module) -> None:
+    """Add the convolution of Nyströmformer, 65 taps to both sides, to the values of every layer.
+
+    The control for what else than its attention a strong peer has.
+    """
+    for layer in model.model.layers:
+        layer.self_attn = ConvolvedValues(layer.self_attn, VALUE_CONVOLUTION_TAPS)
+
+
 class NoAttention(nn.Module):
     """Stands where attention was and adds nothing: no position sees another."""
 
@@ -161,6 +209,12 @@ ARMS: dict[str, Arm] = {
         "flat, with layer norms after the embeddings and after each residual sum, as BERT has them",
         {"num_levels": 1, "norm_placement": "post"},
     ),
+    "flat-post-norm-value-convolution": Arm(
+        "flat, with these layer norms and Nyströmformer's depthwise convolution (65 taps) of the values",
+        {"num_levels": 1, "norm_placement": "post"},
+        change=add_value_convolution,
+        setting_of="flat-post-norm",
+    ),
     "flat-no-attention": Arm(
         "flat, with attention left out: what the tokens tell one by one",
         {"num_levels": 1},
@@ -191,6 +245,13 @@ ARMS: dict[str, Arm] = {
         {"norm_placement": "post", "downsample_kernel_size": 4},
         setting_of="hkt-post-norm",
         flat_twin="flat-post-norm",
+    ),
+    "hkt-post-norm-kernel-4-value-convolution": Arm(
+        "HKT, with the same layer norms, 4 taps and the same convolution of the values",
+        {"norm_placement": "post", "downsample_kernel_size": 4},
+        change=add_value_convolution,
+        setting_of="hkt-post-norm",
+        flat_twin="flat-post-norm-value-convolution",
     ),
     "hkt-levels-2": _ablation("two levels", fields={"num_levels": 2}),
     "hkt-levels-4": _ablation("four levels", fields={"num_levels": 4}),

@@ -46,6 +46,7 @@ TINY = [
     *("--search.learning_rate", "[1e-3, 1e-2]", "--search.hidden_dropout", "[0.1]", "--search.weight_decay", "[0.01]"),
     *("--search.finalists", "0"),
 ]
+VALUES = "hkt-post-norm-kernel-4-value-convolution"
 
 
 def tiny_protocol(arm_names=("flat", "hkt"), seeds=(0,), *overrides):
@@ -238,7 +239,7 @@ def test_arms_begin_with_the_same_weights_wherever_shapes_agree():
     assert abs(reference["model.layers.0.mlp.up_proj.weight"].std() - HKTConfig.initializer_range) < 0.005
 
 
-@pytest.mark.parametrize("name", ["flat", "hkt", "hkt-dense", "flat-convolution", "hkt-rope", "hkt-post-norm"])
+@pytest.mark.parametrize("name", ["flat", "hkt", "hkt-dense", "flat-convolution", "hkt-rope", "hkt-post-norm", VALUES])
 def test_arms_draw_the_same_dropout(name):
     built(name)
     assert torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(0)).item()
@@ -271,6 +272,33 @@ def test_the_convolution_of_the_control_is_short_causal_and_before_queries_and_k
         assert gradient[0].abs().sum(-1).nonzero().flatten().tolist() == [4, 5, 6, 7]
     (gradient,) = torch.autograd.grad(attention.v_proj(inputs)[0, 7].sum(), inputs)
     assert gradient[0].abs().sum(-1).nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+def test_the_convolution_of_values_is_centred_begins_with_nothing_and_sees_no_padding(implementation):
+    names = "flat-post-norm-value-convolution", "flat-post-norm"
+    model, twin = (built(name).eval() for name in names)
+    for each in (model, twin):
+        each.set_attn_implementation(implementation)
+        each.classifier.weight.data *= 100
+    input_ids = torch.randint(5, 20, (2, 11))
+    torch.testing.assert_close(model(input_ids).logits, twin(input_ids).logits, rtol=0, atol=0)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.convolution.weight.normal_()
+    assert not torch.allclose(model(input_ids).logits, twin(input_ids).logits, atol=1e-3)
+
+    inputs = torch.randn(1, 80, SIZES["hidden_size"], requires_grad=True)
+    difference = attention(inputs)[0] - attention.attention(inputs)[0]
+    (gradient,) = torch.autograd.grad(difference[0, 40].sum(), inputs)
+    assert (gradient[0].abs().sum(-1) > 1e-6).nonzero().flatten().tolist() == list(range(8, 73))
+
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[:, 11:] = 0
+    padded = torch.cat([input_ids, torch.randint(5, 20, (2, 5))], dim=1)
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits, model(input_ids).logits)
+    with pytest.raises(ValueError, match="padding on the right"):
+        model(padded.flip(1), attention_mask=mask.flip(1))
 
 
 def test_without_attention_the_order_of_tokens_does_not_matter():
@@ -319,6 +347,7 @@ def test_arm_names():
     assert parse_arm("bert")[1] is None and all(parse_arm(peer)[0].is_peer for peer in ("mamba", "h-transformer-1d"))
     assert setting_source("hkt-dense-rope") == "hkt-rope" and setting_source("hkt-dense") == "hkt"
     assert setting_source("flat-convolution-rope") == "flat-convolution-rope"
+    assert setting_source(VALUES) == "hkt-post-norm"
     with pytest.raises(ValueError, match="nearest one is 'hkt-rope'"):
         parse_arm("hkt-rop")
 
