@@ -1,5 +1,6 @@
-"""Learning curves of a run: JSON and PNG beside the checkpoint, renewed at every evaluation."""
+"""Learning curves of a run: JSON and PNG beside the checkpoint, renewed as it goes on."""
 
+import time
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +11,9 @@ from .files import replacing, write_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+
+SECONDS_BETWEEN_PLOTS = 10.0
 
 
 def curves_from_log(log_history: list[dict]) -> dict[str, list[dict]]:
@@ -31,17 +35,20 @@ def curves_from_log(log_history: list[dict]) -> dict[str, list[dict]]:
     return {"train": train, "validation": validation}
 
 
-def write_curves(log_history: list[dict], folder: str | Path, metric: str) -> None:
-    """Write `curves.json` and `curves.png` into `folder`.
+def write_curves(log_history: list[dict], folder: str | Path, metric: str, *, plot: bool = True) -> None:
+    """Write `curves.json`, and with `plot` `curves.png`, into `folder`.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
         folder (`str` or `Path`): an existing folder.
         metric (`str`): the validation metric to plot beside the losses, e.g. `"accuracy"`.
+        plot (`bool`, *optional*, defaults to `True`): draw them, too, which takes about half a second.
     """
     folder = Path(folder)
     curves = curves_from_log(log_history)
     write_json(folder / "curves.json", curves)
+    if not plot:
+        return
     figure = _plot(curves, metric)
     try:
         with replacing(folder / "curves.png") as temporary:
@@ -68,15 +75,22 @@ def _plot(curves: dict[str, list[dict]], metric: str):
 
 
 class CurvesCallback(TrainerCallback):
-    """Renews the learning curves at every evaluation and at the end, on the main process."""
+    """Renews the learning curves at every evaluation and at the end, on the main process.
+
+    They are drawn every 10 seconds at most: short runs would else spend more time on plots than on training.
+    """
 
     def __init__(self, folder: str | Path, metric: str):
         self.folder = Path(folder)
         self.metric = metric
+        self.drawn = time.monotonic()
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Called by the Trainer after each evaluation."""
         if state.is_world_process_zero and self.folder.is_dir():
-            write_curves(state.log_history, self.folder, self.metric)
+            is_due = time.monotonic() - self.drawn >= SECONDS_BETWEEN_PLOTS
+            write_curves(state.log_history, self.folder, self.metric, plot=is_due)
+            if is_due:
+                self.drawn = time.monotonic()
 
     on_train_end = on_evaluate

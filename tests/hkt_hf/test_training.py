@@ -13,12 +13,20 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hkt_hf import HKTConfig, HKTForSequenceClassification
 from hkt_hf.checkpoints import load_checkpoint
 from hkt_hf.cli import main
 from hkt_hf.config import build_experiment
+from hkt_hf.curves import CurvesCallback
 from hkt_hf.tokenization import build_tokenizer
 from hkt_hf.training import EpochSeededLengthSampler, check_output_dir, evaluate_checkpoint, predict, train
 
@@ -85,6 +93,22 @@ def test_curves_hold_every_logged_step(finished_run):
     assert all("accuracy" in entry for entry in curves["validation"])
     with Image.open(finished_run[0] / "curves.png") as picture:
         assert picture.size[0] > 600
+
+
+def test_curves_are_drawn_while_a_long_run_goes_on(tmp_path, monkeypatch):
+    """At an evaluation ten seconds after the last drawing; the numbers are written at every one."""
+    now = [0.0]
+    monkeypatch.setattr("hkt_hf.curves.time.monotonic", lambda: now[0])
+    callback, state = CurvesCallback(tmp_path, "accuracy"), TrainerState(is_world_process_zero=True)
+    drawn = []
+    for step, seconds in enumerate((1, 11, 12, 22), start=1):
+        now[0] = float(seconds)
+        state.log_history += [{"step": step, "loss": 1.0}, {"step": step, "eval_loss": 1.0, "eval_accuracy": 0.5}]
+        callback.on_evaluate(None, state, None)
+        assert len(json.loads((tmp_path / "curves.json").read_text())["validation"]) == step
+        drawn.append((tmp_path / "curves.png").exists())
+        (tmp_path / "curves.png").unlink(missing_ok=True)
+    assert drawn == [False, True, False, True]
 
 
 def test_the_card_says_what_was_done(finished_run):
