@@ -20,7 +20,7 @@ from ..modeling import HKTConfig
 from ..modeling.modeling_hkt import HKTAttention, HKTForSequenceClassification
 from ..presets import field_names
 from ..training import build_model_and_tokenizer, new_tokenizer
-from .peers import build_peer, peer_names, peer_padding
+from .peers import build_peer, is_peer, peer_names, peer_padding
 
 
 CONVOLUTION_KERNEL_SIZE = 4
@@ -304,7 +304,7 @@ def parse_arm(name: str) -> tuple[Arm, str | None]:
     check_arm(name)
     if name in ARMS:
         return ARMS[name], None if ARMS[name].is_peer else "absolute"
-    if name in peer_names():
+    if is_peer(name):
         return Arm(f"{name}, another architecture", is_peer=True), None
     return ARMS[name.removesuffix(ROPE_SUFFIX)], "rope"
 
@@ -312,9 +312,8 @@ def parse_arm(name: str) -> tuple[Arm, str | None]:
 def check_arm(name: str) -> None:
     """ValueError for a name that [`parse_arm`] does not know."""
     with_rope = [f"{arm}{ROPE_SUFFIX}" for arm in ARMS if not ARMS[arm].is_peer]
-    known = [*ARMS, *with_rope, *peer_names()]
-    if name not in known:
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+    if not (name in ARMS or name in with_rope or is_peer(name)):
+        nearest = difflib.get_close_matches(str(name), [*ARMS, *with_rope, *peer_names()], n=1, cutoff=0.0)[0]
         raise ValueError(
             f"`arms` must be among {list(ARMS)} (those of ours also with {ROPE_SUFFIX!r}) or a `model_type` of "
             f"transformers, got {name!r}; the nearest one is {nearest!r}"

@@ -182,7 +182,12 @@ def peer_padding(name: str, length: int) -> int | None:
 
 def peer_names() -> list[str]:
     """All names that [`build_peer`] knows: the peers of the benchmark first, then every other `model_type`."""
-    return [*PEERS, *(name for name in sorted(CONFIG_MAPPING) if name not in (*PEERS, "hkt"))]
+    return [*PEERS, *(name for name in sorted(CONFIG_MAPPING) if name not in PEERS and is_peer(name))]
+
+
+def is_peer(name: str) -> bool:
+    """Whether [`build_peer`] knows a name."""
+    return name in PEERS or (name in CONFIG_MAPPING and name != "hkt")
 
 
 def _round_up(length: int, multiple: int) -> int:
@@ -190,9 +195,8 @@ def _round_up(length: int, multiple: int) -> int:
 
 
 def _check_name(name: str) -> None:
-    known = peer_names()
-    if name not in known:
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+    if not is_peer(name):
+        nearest = difflib.get_close_matches(str(name), peer_names(), n=1, cutoff=0.0)[0]
         raise ValueError(
             f"`name` must be one of {list(PEERS)} or another `model_type` of transformers, got {name!r}; the nearest one "
             f"is {nearest!r}"

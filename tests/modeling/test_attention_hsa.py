@@ -432,7 +432,7 @@ def test_a_million_leaves_take_memory_by_the_leaf():
 @pytest.mark.parametrize(
     "tree",
     [
-        SignalTree.regular([40, 23], (4, None)),
+        pytest.param(SignalTree.regular([40, 23], (4, None)), marks=pytest.mark.slow),
         SignalTree.regular([40, 23], (4, None), root_tokens=(0, -1)),
         SignalTree.from_nested([[[0, 1], [2, [3]]]]),
     ],

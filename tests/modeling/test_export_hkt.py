@@ -18,6 +18,13 @@ from hkt_hf.modeling.modeling_hkt import AUTO_CLASSES
 
 
 SLOW = pytest.mark.slow
+# Of these heads the fast tests export, of the others they compile; the slow ones do the rest.
+FAST_EXPORTS = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForQuestionAnswering",
+)
 LENGTHS = [[17, 4], [18, 3, 1], [9, 10], [31], [33, 33, 2, 8], [64, 1]]
 """Batches of sequences: odd and even, powers of two and their neighbours."""
 
@@ -73,7 +80,13 @@ def test_one_compiled_graph_serves_all_lengths(auto_class, num_levels, positions
     check_that_one_graph_serves_all_lengths(auto_class, implementation, with_mask, **fields)
 
 
-@pytest.mark.parametrize("auto_class", sorted(set(AUTO_CLASSES) - {"AutoModel", "AutoModelForCausalLM"}))
+@pytest.mark.parametrize(
+    "auto_class",
+    [
+        pytest.param(name, marks=SLOW if name in FAST_EXPORTS else [])
+        for name in sorted(set(AUTO_CLASSES) - {"AutoModel", "AutoModelForCausalLM"})
+    ],
+)
 def test_every_head_compiles(auto_class):
     check_that_one_graph_serves_all_lengths(auto_class, "sdpa", with_mask=True, num_hidden_layers=1)
 
@@ -144,7 +157,9 @@ def export(model, inputs, num_levels, first=0):
     return torch.export.export(model, (), inputs, dynamic_shapes=shapes)
 
 
-@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+@pytest.mark.parametrize(
+    "auto_class", [pytest.param(name, marks=[] if name in FAST_EXPORTS else SLOW) for name in AUTO_CLASSES]
+)
 def test_every_head_is_exported_once_for_all_lengths(auto_class):
     model = tiny_head(auto_class, num_levels=3, num_hidden_layers=1)
     first = 1 if auto_class == "AutoModelForMultipleChoice" else 0
