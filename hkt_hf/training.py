@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import torch
@@ -322,13 +323,15 @@ def evaluate_checkpoint(
         logger.info("%s split of %s: %d examples", split, task.description, len(task.splits[split]))
         wanted = datasets.DatasetDict({split: task.splits[split]})
         splits = objective.prepare(wanted, tokenizer, config, train_split=None)
-    trainer = ExperimentTrainer(
-        model=model,
-        args=arguments,
-        processing_class=tokenizer,
-        **objective.trainer_arguments(task, tokenizer, config),
-    )
-    return _plain_metrics(trainer.evaluate(splits[split]))
+    with TemporaryDirectory() as folder:  # the Trainer makes its folder though nothing is written
+        arguments.output_dir = folder
+        trainer = ExperimentTrainer(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            **objective.trainer_arguments(task, tokenizer, config),
+        )
+        return _plain_metrics(trainer.evaluate(splits[split]))
 
 
 def checkpoint_experiment(

@@ -50,7 +50,7 @@ def test_an_archive_is_small_whole_and_of_the_best_run(archive, tmp_path):
         for path in ARCHIVES
     ],
 )
-def test_an_archive_gives_the_accuracy_of_its_card(archive, tmp_path):
+def test_an_archive_gives_the_accuracy_of_its_card(archive, tmp_path, monkeypatch):
     task = archive.name.partition("-")[0]
     overrides = []
     if task != "listops":
@@ -59,4 +59,7 @@ def test_an_archive_gives_the_accuracy_of_its_card(archive, tmp_path):
         overrides = ["--data.path", str(DATA / task)]
     checkpoint = unpacked(archive, tmp_path)
     (stated,) = re.findall(r"\| test \| accuracy \| ([0-9.]+) \|", (checkpoint / "README.md").read_text())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert abs(evaluate_checkpoint(checkpoint, overrides)["accuracy"] - float(stated)) <= TOLERANCE
+    assert not list(Path().iterdir())  # no trace of the folder that it was trained in
