@@ -134,10 +134,11 @@ def comparisons(section: Section) -> list[Comparison]:
 
     HKT against flat with the same positions; HKT with RoPE against the strongest flat arm ([`strongest_flat`]); ablations of
     all its seeds, and those with a flat twin of their own, against that twin; where one of them is the strongest HKT arm
-    ([`strongest_hkt`]), that one against the strongest flat arm; variants of flat, and BERT, against flat, and HKT against
-    them; HSA against the same layers on a flat tree, and along a quadtree against along a line; ablations against HKT, or the
-    arm whose setting they take; pretrained arms against the same ones from scratch; and pretrained HKT against pretrained
-    flat. A comparison is listed once one of its arms has a final run: what is missing shows.
+    ([`strongest_hkt`]), that one against the strongest flat arm; variants of flat, and BERT, against flat, and against the
+    variant whose setting they take, and HKT against them; HSA against the same layers on a flat tree, and along a quadtree
+    against along a line; ablations against HKT, or the arm whose setting they take; pretrained arms against the same ones
+    from scratch; and pretrained HKT against pretrained flat. A comparison is listed once one of its arms has a final run:
+    what is missing shows.
     """
     found: list[Comparison] = []
 
@@ -162,6 +163,8 @@ def comparisons(section: Section) -> list[Comparison]:
     for arm in section.arms:
         if arm.kind == "flat variant" or arm.name == "bert":
             compare(arm, section.arm("flat", arm.positions or "absolute"))
+            if _own(arm).setting_of not in (None, "flat"):
+                compare(arm, section.arm(_own(arm).setting_of, arm.positions))
     for arm in section.arms:
         if arm.final and (arm.kind == "flat variant" or arm.name == "bert"):
             compare(section.arm("hkt", arm.positions or "absolute"), arm)
