@@ -895,6 +895,10 @@ def test_the_figures_on_long_convolutions_and_on_norms_are_those_of_the_records(
     without, over = gain("listops", hkt, "hkt (RoPE)"), gain("listops", hkt, norms)
     found = f"{mean('listops', hkt)}, {without[0]} over HKT without ({without[1]}, {without[3]})"
     assert f"{found} and {over[0]} over flat attention with them ({over[1]}, {over[2]})" in text
+    bert = "bert"
+    over, ahead = gain("listops", bert, "flat (absolute)"), gain("listops", "hkt (absolute)", bert)
+    assert f"has {mean('listops', bert)}: {over[0]} over flat attention with the same positions ({over[1]})" in text
+    assert f"HKT with them is {ahead[0]} ahead of it ({ahead[1]}, {ahead[2]})" in text
 
 
 def test_the_figures_on_peers_are_those_of_the_records():
@@ -902,17 +906,24 @@ def test_the_figures_on_peers_are_those_of_the_records():
     text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
     text = text.partition("Other architectures on CIFAR-10")[2]
     arms = {label: arm for (task, label), arm in arms_of(RESULTS).items() if task == "cifar10"}
-    fnet, big_bird, nystromformer, bert = (
-        arms[name].mean("test_accuracy") for name in ("fnet", "big_bird", "nystromformer", "bert")
-    )
+    names = ("fnet", "big_bird", "modernbert", "nystromformer", "bert")
+    fnet, big_bird, modernbert, nystromformer, bert = (arms[name].mean("test_accuracy") for name in names)
     shown = f"FNet has {fnet:.2%}, BigBird, whose attention is full at this length, {big_bird:.2%}, BERT {bert:.2%} (five seeds)"
-    assert f"{shown}, and Nyströmformer {nystromformer:.2%}. " in text
-    assert [len(arms[name].finished) for name in ("fnet", "big_bird", "nystromformer", "bert")] == [1, 1, 1, 5]
-    hkt = arms["hkt-post-norm-kernel-4 (absolute)"]
-    first, *others = (hkt.finished[seed]["test_accuracy"] for seed in range(5))
-    best, mean = max(first, *others), hkt.mean("test_accuracy")
-    assert f"({mean:.2%}) and with that seed ({first:.2%}), if less than its best seed ({best:.2%})" in text
-    assert best > nystromformer > max(first, mean) and min(first, *others) > max(fnet, big_bird, bert)
+    assert f"{shown}, ModernBERT {modernbert:.2%}, and Nyströmformer {nystromformer:.2%}. " in text
+    assert [len(arms[name].finished) for name in names] == [1, 1, 1, 1, 5]
+    for name, shown in (
+        (
+            "hkt-post-norm-kernel-4",
+            "({mean:.2%}) and with that seed ({first:.2%}), if less than its best seed ({best:.2%})",
+        ),
+        ("hkt-post-norm-kernel-4-value-convolution", "({mean:.2%} and {first:.2%}, at best {best:.2%})"),
+    ):
+        hkt = arms[f"{name} (absolute)"]
+        first, *others = (hkt.finished[seed]["test_accuracy"] for seed in range(5))
+        best, mean = max(first, *others), hkt.mean("test_accuracy")
+        assert shown.format(mean=mean, first=first, best=best) in text
+        assert best > nystromformer > max(first, mean)
+        assert min(first, *others) > max(fnet, big_bird, modernbert, bert)
     (mamba,) = arms["mamba"].final.values()
     assert mamba["status"] == "not_available" and "at 5.4 s a step" in mamba["reason"]
     protocol = load_protocol("cifar10", "cpu")
