@@ -11,8 +11,10 @@ make_environment() {
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into .venv (the first time takes a few minutes)"
         # torch first and pinned: the newest build would pull gigabytes of GPU libraries where there is no GPU.
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt torch
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".${extra:+[$extra]}"
+        # What is imported gets compiled then; compiling all of torch and transformers took as long as installing it.
+        local install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile)
+        "${install[@]}" -c scripts/constraints.txt torch
+        "${install[@]}" -c scripts/constraints.txt -e ".${extra:+[$extra]}"
         echo "$wanted" >"$stamp"
     fi
 }

@@ -236,6 +236,7 @@ def test_pretraining_goes_on_from_a_checkpoint(pretrained, tmp_path):
     assert report["validation"]["loss"] < 1.1 * pretrained[1]["validation"]["loss"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_repeats_the_masks(tmp_path):
     """SIGKILL in the second epoch of six steps; the resumed run logs what an uninterrupted one logs."""
     training = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}

@@ -69,16 +69,17 @@ def test_assisted_decoding_gives_the_same_text(assistant):
     assert torch.equal(generate(model, input_ids=prompt, do_sample=False, **options), expected)
 
 
-def test_two_thousand_tokens_stay_exact():
+@pytest.mark.parametrize("length", [500, pytest.param(2000, marks=pytest.mark.slow)])
+def test_long_generation_stays_exact(length):
     model = decoder(num_levels=3, max_position_embeddings=64)
     prompt = torch.randint(5, 40, (1, 5))
     outputs = model.generate(
-        prompt, max_new_tokens=2000, do_sample=False, output_logits=True, return_dict_in_generate=True
+        prompt, max_new_tokens=length, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     with torch.no_grad():
         expected = model(outputs.sequences[:, :-1], use_cache=False).logits[0, 4:]
     logits = torch.cat(outputs.logits)
-    assert logits.shape == (2000, 40)
+    assert logits.shape == (length, 40)
     torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
