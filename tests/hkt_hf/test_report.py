@@ -839,6 +839,10 @@ def test_the_figures_on_the_gain_are_those_of_the_records():
         f"is worth {flat[0][1:]} points to flat attention ({flat[1]}) and {levels[0][1:]} to HKT ({levels[1]})" in text
     )
     assert f"without any attention {statistics.mean(accuracies(none, 'imdb').values()):.2f}% are right" in text
+    found = accuracies("bert", "imdb")
+    shown = f"has {statistics.mean(found.values()):.2f}% ({min(found.values()):.2f}% to {max(found.values()):.2f}%)"
+    less, interval, _ = gain("bert", "flat (absolute)", "imdb")
+    assert f"{shown}: {less[1:]} points less than flat attention ({interval})" in text and less[0] == "-"
 
 
 def test_the_figures_on_long_convolutions_and_on_norms_are_those_of_the_records():
@@ -906,11 +910,16 @@ def test_the_figures_on_peers_are_those_of_the_records():
     text = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
     text = text.partition("Other architectures on CIFAR-10")[2]
     arms = {label: arm for (task, label), arm in arms_of(RESULTS).items() if task == "cifar10"}
-    names = ("fnet", "big_bird", "modernbert", "nystromformer", "bert")
-    fnet, big_bird, modernbert, nystromformer, bert = (arms[name].mean("test_accuracy") for name in names)
+    names = ("fnet", "big_bird", "modernbert", "h-transformer-1d", "nystromformer", "bert")
+    fnet, big_bird, modernbert, h_transformer, nystromformer, bert = (
+        arms[name].mean("test_accuracy") for name in names
+    )
     shown = f"FNet has {fnet:.2%}, BigBird, whose attention is full at this length, {big_bird:.2%}, BERT {bert:.2%} (five seeds)"
-    assert f"{shown}, ModernBERT {modernbert:.2%}, and Nyströmformer {nystromformer:.2%}. " in text
-    assert [len(arms[name].finished) for name in names] == [1, 1, 1, 1, 5]
+    assert (
+        f"{shown}, ModernBERT {modernbert:.2%}, H-Transformer-1D (its own package) {h_transformer:.2%}, and Nyströmformer {nystromformer:.2%}. "
+        in text
+    )
+    assert [len(arms[name].finished) for name in names] == [1, 1, 1, 1, 1, 5]
     for name, shown in (
         (
             "hkt-post-norm-kernel-4",
@@ -923,7 +932,9 @@ def test_the_figures_on_peers_are_those_of_the_records():
         best, mean = max(first, *others), hkt.mean("test_accuracy")
         assert shown.format(mean=mean, first=first, best=best) in text
         assert best > nystromformer > max(first, mean)
-        assert min(first, *others) > max(fnet, big_bird, modernbert, bert)
+        assert min(first, *others) > max(fnet, big_bird, modernbert, h_transformer, bert)
+    other_norms = arms["hkt-kernel-4 (RoPE)"].mean("test_accuracy")
+    assert other_norms < h_transformer and f"with norms before each layer ({other_norms:.2%} with four taps)" in text
     (mamba,) = arms["mamba"].final.values()
     assert mamba["status"] == "not_available" and "at 5.4 s a step" in mamba["reason"]
     protocol = load_protocol("cifar10", "cpu")
